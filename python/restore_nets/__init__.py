@@ -1,0 +1,1 @@
+"""Complete networks for image restoration: training, restoring and evaluating them."""

@@ -1,0 +1,12 @@
+"""Fused attention operators for image restoration, with autograd.
+
+Importing this package loads neither Triton nor CUDA nor the compiled library: each is loaded by
+the first call that needs it, and everything works (slower) where none of them exists.
+"""
+
+from restore_kernels.backends import explain, use_backend
+from restore_kernels.info import info
+from restore_kernels.topk_attention import topk_attention
+from restore_kernels.version import __version__
+
+__all__ = ["__version__", "explain", "info", "topk_attention", "use_backend"]

@@ -1,0 +1,109 @@
+"""Who can run a call, who runs it, and why the others do not.
+
+Every operator lists its backends in order of preference as ``{name: why_not}``, where
+``why_not(*tensors)`` returns ``None`` for a backend that can run the call and otherwise one line
+that says why it cannot. ``choose`` picks; a backend that was asked for by name never falls back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+NAMES = ("auto", "eager", "cpu", "triton", "cuda")
+ENVIRONMENT_VARIABLE = "RESTORE_KERNELS_BACKEND"
+
+WhyNot = Callable[..., "str | None"]
+
+# Innermost `use_backend` last. A plain list, so that torch.compile guards on its content.
+_requested: list[str] = []
+
+
+def check_name(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}; got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Make ``name`` the backend of every call in the block that does not name one itself.
+
+    Args:
+        name: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``.
+
+    Raises:
+        ValueError: if ``name`` is none of these.
+    """
+    _requested.append(check_name(name, "use_backend(name)"))
+    try:
+        yield
+    finally:
+        _requested.pop()
+
+
+def requested(argument: str) -> str:
+    """The backend in force: the call's own, else the block's, else the process's, else auto."""
+    if check_name(argument, "backend") != "auto":
+        return argument
+    if _requested:
+        return _requested[-1]
+    return check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+
+
+def choose(operator: str, candidates: Mapping[str, WhyNot], tensors: tuple[Any, ...], backend: str) -> str:
+    """The backend that runs this call.
+
+    Raises:
+        RuntimeError: if the backend asked for by name cannot run it; the message says why.
+    """
+    name = requested(backend)
+    if name != "auto":
+        reason = candidates[name](*tensors)
+        if reason is not None:
+            raise RuntimeError(f"{operator}: backend {name!r} cannot run this call: {reason}")
+        return name
+    for candidate, why_not in candidates.items():
+        if why_not(*tensors) is None:
+            return candidate
+    raise AssertionError("the eager backend runs everything")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call gets (``chosen``, None if the requested one cannot run it), and why."""
+
+    operator: str
+    requested: str
+    chosen: str | None
+    why_not: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"{self.operator}: requested {self.requested}, runs on {self.chosen or 'nothing'}"]
+        for name, reason in self.why_not.items():
+            state = "chosen" if name == self.chosen else "available" if reason is None else f"no: {reason}"
+            lines.append(f"  {name:<7}{state}")
+        return "\n".join(lines)
+
+
+def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Say which backend ``operator(*args, **kwargs)`` would use and why each other one is not used.
+
+    The call is checked but not run, so bad arguments raise as they would in the call itself.
+
+    Example:
+        >>> print(restore_kernels.explain(restore_kernels.topk_attention, q, k, v, [24, 32]))
+    """
+    try:
+        plan = operator.plan  # type: ignore[attr-defined]
+    except AttributeError:
+        raise TypeError(f"operator must be a restore_kernels operator; got {operator!r}") from None
+    candidates, tensors = plan(*args, **kwargs)
+    name = requested(kwargs.get("backend", "auto"))
+    why_not = {candidate: reason(*tensors) for candidate, reason in candidates.items()}
+    runnable = [candidate for candidate, reason in why_not.items() if reason is None]
+    chosen = runnable[0] if name == "auto" else name if name in runnable else None
+    return Explanation(operator.__name__, name, chosen, why_not)

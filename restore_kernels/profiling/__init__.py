@@ -1,0 +1,1 @@
+"""Benchmark cases, baselines and measuring. Needs nothing beyond torch."""

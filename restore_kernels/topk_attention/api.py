@@ -1,0 +1,180 @@
+"""The public function: semantic checks, backend choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from restore_kernels import checks, native
+from restore_kernels.backends import WhyNot, choose
+from restore_kernels.topk_attention import reference
+from restore_kernels.topk_attention.autograd import ChannelTopKAttention, TokenTopKAttention
+
+TopK = Sequence["int | None"]
+
+
+def topk_attention(
+    q: Tensor, k: Tensor, v: Tensor, topk: TopK, *,
+    weights: Tensor | None = None, temperature: Tensor | float | None = None,
+    normalize: bool = True, layout: str = "channel", out_proj: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Attention over the largest similarities of every row, in one or more branches.
+
+    ``S = temperature * q̂ k̂ᵀ``; branch j keeps the ``topk[j]`` largest entries of every row of S
+    (equal entries: lower index first) and applies softmax to them; the result is
+    ``(Σ_j weights[j] softmax_j(S)) v``. The selection is a constant to autograd. With
+    ``layout="channel"`` channels attend to channels (S is C x C, the products run over the N
+    pixels), with ``layout="token"`` tokens attend to tokens (S is N x M, never stored).
+
+    Source: top-k sparse attention of DRSformer (Chen et al., CVPR 2023) and the dual
+    dense and sparse attention of DDSA (arXiv 2308.07781); L2-normalised channel attention is
+    Restormer's (arXiv 2111.09881).
+
+    Args:
+        q: channel (B, H, C, N), token (B, H, N, D). float32, bfloat16, float16 or float64; any
+            strides. Under autocast, float32 inputs are cast as they are for a matrix product.
+        k: channel (B, H, C, N), token (B, H, M, D); same dtype and device as q.
+        v: channel (B, H, C, N), token (B, H, M, E); same dtype and device as q.
+        topk: one entry per branch: how many entries of a row it keeps, ``None`` for all. A row has
+            C entries in the channel layout and M in the token layout.
+        weights: broadcastable to (B, H, J) for J branches; default 1/J each.
+        temperature: a number or a tensor broadcastable to (B, H, 1, 1), which multiplies S. Default
+            1 when normalised, otherwise the length of the products to the power -0.5.
+        normalize: divide the rows of q and k by their L2 norm (clamped at 1e-12): along N in the
+            channel layout, along D in the token layout.
+        layout: ``"channel"`` or ``"token"``.
+        out_proj: channel layout only: (C_out, H * C) weight of a 1x1 output projection that is
+            folded into the product with v. Its bias, if any, is the caller's.
+        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``.
+
+    Returns:
+        Channel: (B, H, C, N), or (B, C_out, N) with ``out_proj``. Token: (B, H, N, E).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+        RuntimeError: the backend asked for by name cannot run this call; the message says why.
+    """
+    counts = _check(q, k, v, topk, weights, temperature, layout, out_proj)
+    q, k, v, out_proj = _autocast(q, k, v, out_proj)
+    chosen = choose("topk_attention", _CANDIDATES, (q, k, v), backend)
+
+    dtype = reference.accumulate_dtype(q.dtype)
+    batch, heads = q.shape[:2]
+    if weights is None:
+        weights = torch.full((1,), 1 / len(counts), dtype=dtype, device=q.device)
+    if temperature is None:
+        temperature = 1.0 if normalize else q.shape[-1] ** -0.5
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((1, 1), float(temperature), dtype=dtype, device=q.device)
+    weights = weights.to(dtype).expand(batch, heads, len(counts))
+    temperature = temperature.to(dtype).expand(batch, heads, 1, 1)[..., 0, 0]
+
+    with torch.autocast(q.device.type, enabled=False):
+        if layout == "channel":
+            inputs = (q, k, v, temperature, weights, out_proj, counts, normalize)
+            if chosen == "eager":
+                return reference.channel(*inputs)
+            return ChannelTopKAttention.apply(*inputs, chosen)[0]
+        inputs = (q, k, v, temperature, weights, counts, normalize)
+        if chosen == "eager":
+            return reference.token(*inputs)
+        return TokenTopKAttention.apply(*inputs, chosen)[0]
+
+
+def _check(q, k, v, topk, weights, temperature, layout, out_proj) -> list[int]:
+    """Every semantic check of a call; returns topk with ``None`` replaced by the row length."""
+    if layout not in ("channel", "token"):
+        raise ValueError(f"layout must be 'channel' or 'token'; got {layout!r}")
+    names = ("B", "H", "C", "N") if layout == "channel" else ("B", "H", "N", "D")
+    checks.floating_tensor("q", q, names)
+    batch, heads = q.shape[:2]
+    if layout == "channel":
+        row = q.shape[2]
+        checks.like("k", k, q, tuple(q.shape))
+        checks.like("v", v, q, tuple(q.shape))
+    else:
+        checks.floating_tensor("k", k, ("B", "H", "M", "D"))
+        row = k.shape[2]
+        checks.like("k", k, q, (batch, heads, row, q.shape[3]))
+        checks.floating_tensor("v", v, ("B", "H", "M", "E"))
+        checks.like("v", v, q, (batch, heads, row, v.shape[3]))
+    counts = _check_topk(topk, row)
+    if weights is not None:
+        checks.broadcastable("weights", weights, q, (batch, heads, len(counts)))
+    if isinstance(temperature, Tensor):
+        checks.broadcastable("temperature", temperature, q, (batch, heads, 1, 1))
+    elif temperature is not None and not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a number or a tensor; got {type(temperature).__name__}")
+    if out_proj is not None:
+        if layout == "token":
+            raise ValueError("out_proj is for layout='channel'; got layout='token'")
+        checks.floating_tensor("out_proj", out_proj, ("C_out", "H * C"))
+        checks.like("out_proj", out_proj, q, (out_proj.shape[0], heads * row), same_dtype=not _autocasts(q))
+    return counts
+
+
+def _check_topk(topk: TopK, row: int) -> list[int]:
+    if isinstance(topk, (str, bytes)) or not isinstance(topk, Sequence):
+        raise TypeError(f"topk must be a sequence with one entry per branch; got {type(topk).__name__}")
+    if not topk:
+        raise ValueError("topk must name at least one branch; got an empty sequence")
+    counts = []
+    for j, kept in enumerate(topk):
+        if isinstance(kept, bool) or not (kept is None or isinstance(kept, (int, torch.SymInt))):
+            raise TypeError(f"topk[{j}] must be an int or None; got {kept!r}")
+        if kept is not None and not 1 <= kept <= row:
+            raise ValueError(f"topk[{j}] must be between 1 and {row}, the length of a row; got {kept}")
+        counts.append(row if kept is None else kept)
+    return counts
+
+
+def _autocasts(q: Tensor) -> bool:
+    return torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor, out_proj: Tensor | None):
+    if not _autocasts(q):
+        return q, k, v, out_proj
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return q.to(dtype), k.to(dtype), v.to(dtype), None if out_proj is None else out_proj.to(dtype)
+
+
+def _why_not_cuda(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    return "topk_attention has no CUDA C++ kernels in this version"
+
+
+def _why_not_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if q.dtype == torch.float64:
+        return "it computes float32, bfloat16 and float16, got float64"
+    return native.why_no_triton(q.device.type, q.device.index)
+
+
+def _why_not_cpu(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if q.device.type != "cpu":
+        return f"it needs CPU tensors, got {q.device}"
+    return native.why_no_cpu_library()
+
+
+def _why_not_eager(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    return None
+
+
+_CANDIDATES: Mapping[str, WhyNot] = {
+    "cuda": _why_not_cuda,
+    "cpu": _why_not_cpu,
+    "triton": _why_not_triton,
+    "eager": _why_not_eager,
+}
+
+
+def _plan(q, k, v, topk, *, weights=None, temperature=None, normalize=True, layout="channel",
+          out_proj=None, backend="auto"):  # fmt: skip
+    _check(q, k, v, topk, weights, temperature, layout, out_proj)
+    q, k, v, _ = _autocast(q, k, v, out_proj)
+    return _CANDIDATES, (q, k, v)
+
+
+topk_attention.plan = _plan  # type: ignore[attr-defined]
