@@ -1,0 +1,42 @@
+"""The operators as published code computes them: what the kernels are compared with.
+
+Eager PyTorch, one statement per step of the published networks. Also the reference point of
+``torch.compile`` comparisons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def published_topk_attention(
+    q: Tensor, k: Tensor, v: Tensor, topk: Sequence[int | None], weights: Tensor, temperature: Tensor | float,
+    out_proj: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Normalise, multiply, then for every branch: topk, scatter a mask, where, softmax, multiply.
+
+    Serves both layouts: in each, rows are normalised along the last dimension and S = q kᵀ.
+
+    Args:
+        q, k, v: (B, H, R, L), (B, H, S, L), (B, H, S, E).
+        topk: entries kept by each branch, None for all.
+        weights: (J,), one per branch.
+        temperature: broadcastable to (B, H, 1, 1).
+        out_proj: (C_out, H * R), the 1x1 convolution that follows in the channel layout.
+    """
+    scores = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)) * temperature
+    out = torch.zeros((), dtype=v.dtype, device=v.device)
+    for j, kept in enumerate(topk):
+        branch = scores
+        if kept is not None:
+            mask = torch.zeros_like(scores, requires_grad=False)
+            mask.scatter_(-1, torch.topk(scores, k=kept, dim=-1, largest=True).indices, 1.0)
+            branch = torch.where(mask > 0, scores, torch.full_like(scores, float("-inf")))
+        out = out + (branch.softmax(dim=-1) @ v) * weights[j]
+    if out_proj is not None:
+        out = F.conv1d(out.flatten(1, 2), out_proj[..., None])
+    return out

@@ -1,0 +1,74 @@
+"""Times alternatives against each other, interleaved in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median and the 20th and 80th percentile of ``runs`` calls."""
+
+    median: float
+    p20: float
+    p80: float
+    runs: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Timing:
+        if len(samples) < 2:
+            return cls(samples[0], samples[0], samples[0], 1)
+        p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
+        return cls(statistics.median(samples), p20, p80, len(samples))
+
+
+def interleave(
+    alternatives: Mapping[str, Callable[[], object]], *, seconds: float = 2.0, min_runs: int = 5, device: str = "cpu"
+) -> dict[str, Timing]:
+    """Time each alternative, one call of each in turn, until ``seconds`` have passed.
+
+    Turns make drifts of the machine (clock speed, other load) fall on all alternatives alike. On a
+    GPU, device events are read and the cache is swept between calls.
+
+    Args:
+        alternatives: name -> call without arguments. Two calls of each warm up first.
+        seconds: time to spend on measuring, for all alternatives together.
+        min_runs: calls of each at the least, whatever the time.
+        device: where the calls run: ``"cpu"`` or ``"cuda"``.
+    """
+    once = _once_on_gpu(torch.device(device)) if torch.device(device).type == "cuda" else _once_on_cpu
+    for call in alternatives.values():
+        once(call)
+        once(call)
+    samples: dict[str, list[float]] = {name: [] for name in alternatives}
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or min(map(len, samples.values())) < min_runs:
+        for name, call in alternatives.items():
+            samples[name].append(once(call))
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def _once_on_cpu(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _once_on_gpu(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    sweep = torch.empty(256 << 20, dtype=torch.uint8, device=device)  # several times the L2 cache
+
+    def once(call: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        sweep.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+    return once
