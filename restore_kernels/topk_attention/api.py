@@ -35,7 +35,7 @@ def topk_attention(
 
     Args:
         q: channel (B, H, C, N), token (B, H, N, D). float32, bfloat16, float16 or float64; any
-            strides. Under autocast, float32 inputs are cast as they are for a matrix product.
+            strides. Under autocast q, k, v and out_proj are cast as for a matrix product.
         k: channel (B, H, C, N), token (B, H, M, D); same dtype and device as q.
         v: channel (B, H, C, N), token (B, H, M, E); same dtype and device as q.
         topk: one entry per branch: how many entries of a row it keeps, ``None`` for all. A row has
@@ -57,8 +57,8 @@ def topk_attention(
         TypeError, ValueError: an argument that does not fit; the message names it.
         RuntimeError: the backend asked for by name cannot run this call; the message says why.
     """
+    q, k, v, out_proj = checks.autocast(q, k, v, out_proj)
     counts = _check(q, k, v, topk, weights, temperature, layout, out_proj)
-    q, k, v, out_proj = _autocast(q, k, v, out_proj)
     chosen = choose("topk_attention", _CANDIDATES, (q, k, v), backend)
 
     dtype = reference.accumulate_dtype(q.dtype)
@@ -72,7 +72,7 @@ def topk_attention(
     weights = weights.to(dtype).expand(batch, heads, len(counts))
     temperature = temperature.to(dtype).expand(batch, heads, 1, 1)[..., 0, 0]
 
-    with torch.autocast(q.device.type, enabled=False):
+    with checks.no_autocast(q.device.type):
         if layout == "channel":
             inputs = (q, k, v, temperature, weights, out_proj, counts, normalize)
             if chosen == "eager":
@@ -112,7 +112,7 @@ def _check(q, k, v, topk, weights, temperature, layout, out_proj) -> list[int]:
         if layout == "token":
             raise ValueError("out_proj is for layout='channel'; got layout='token'")
         checks.floating_tensor("out_proj", out_proj, ("C_out", "H * C"))
-        checks.like("out_proj", out_proj, q, (out_proj.shape[0], heads * row), same_dtype=not _autocasts(q))
+        checks.like("out_proj", out_proj, q, (out_proj.shape[0], heads * row))
     return counts
 
 
@@ -129,17 +129,6 @@ def _check_topk(topk: TopK, row: int) -> list[int]:
             raise ValueError(f"topk[{j}] must be between 1 and {row}, the length of a row; got {kept}")
         counts.append(row if kept is None else kept)
     return counts
-
-
-def _autocasts(q: Tensor) -> bool:
-    return torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor, out_proj: Tensor | None):
-    if not _autocasts(q):
-        return q, k, v, out_proj
-    dtype = torch.get_autocast_dtype(q.device.type)
-    return q.to(dtype), k.to(dtype), v.to(dtype), None if out_proj is None else out_proj.to(dtype)
 
 
 def _why_not_cuda(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -172,8 +161,8 @@ _CANDIDATES: Mapping[str, WhyNot] = {
 
 def _plan(q, k, v, topk, *, weights=None, temperature=None, normalize=True, layout="channel",
           out_proj=None, backend="auto"):  # fmt: skip
+    q, k, v, out_proj = checks.autocast(q, k, v, out_proj)
     _check(q, k, v, topk, weights, temperature, layout, out_proj)
-    q, k, v, _ = _autocast(q, k, v, out_proj)
     return _CANDIDATES, (q, k, v)
 
 

@@ -7,7 +7,8 @@ when they are loaded; Triton's are Python and import their kernels on the first 
 Common arguments, B batch, H heads, J branches:
     temperature (B, H) and weights (B, H, J): in the accumulation dtype (float64 for float64 inputs,
     else float32), any strides.
-    topk: J counts, each between 1 and the length of a row; that length means dense.
+    topk: J counts, each between 1 and the length of a row; that length means dense. Symbolic, so that a
+    graph compiled for dynamic shapes serves every row length.
 
 Channel layout: q, k, v (B, H, C, N). Saved for backward, both in the accumulation dtype:
     similarity (B, H, C, C): the normalised products of q and k, before the temperature.
@@ -31,21 +32,21 @@ BACKENDS = ("cpu", "triton")
 _SCHEMAS = {
     "topk_attention_channel": (
         "(Tensor q, Tensor k, Tensor v, Tensor temperature, Tensor weights, Tensor? out_proj, "
-        "int[] topk, bool normalize) -> (Tensor out, Tensor similarity, Tensor norms)"
+        "SymInt[] topk, bool normalize) -> (Tensor out, Tensor similarity, Tensor norms)"
     ),
     "topk_attention_channel_backward": (
         "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor temperature, Tensor weights, "
-        "Tensor? out_proj, Tensor similarity, Tensor norms, int[] topk, bool normalize) -> "
+        "Tensor? out_proj, Tensor similarity, Tensor norms, SymInt[] topk, bool normalize) -> "
         "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_temperature, "
         "Tensor grad_weights, Tensor grad_out_proj)"
     ),
     "topk_attention_token": (
-        "(Tensor q, Tensor k, Tensor v, Tensor temperature, Tensor weights, int[] topk, "
+        "(Tensor q, Tensor k, Tensor v, Tensor temperature, Tensor weights, SymInt[] topk, "
         "bool normalize) -> (Tensor out, Tensor threshold, Tensor last_tie, Tensor log_sum_exp)"
     ),
     "topk_attention_token_backward": (
         "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor temperature, Tensor weights, "
-        "Tensor threshold, Tensor last_tie, Tensor log_sum_exp, int[] topk, bool normalize) -> "
+        "Tensor threshold, Tensor last_tie, Tensor log_sum_exp, SymInt[] topk, bool normalize) -> "
         "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_temperature, "
         "Tensor grad_weights)"
     ),
@@ -75,7 +76,9 @@ def _channel_fake(q, k, v, temperature, weights, out_proj, topk, normalize):
     )
 
 
-def _channel_backward_fake(grad_out, q, k, v, temperature, weights, out_proj, similarity, norms, topk, normalize):
+def _channel_backward_fake(
+    grad_out, q, k, v, temperature, weights, out_proj, similarity, norms, topk, normalize
+):
     rows = tuple(q.shape[1:3])
     return (
         empty_like_rows(q, rows),
@@ -136,7 +139,9 @@ _library = torch.library.Library("restore_kernels", "FRAGMENT")
 for _name, _schema in _SCHEMAS.items():
     for _backend in BACKENDS:
         _overload = f"{_name}.{_backend}"
-        _library.define(_overload + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+        _library.define(
+            _overload + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+        )
         torch.library.register_fake(f"restore_kernels::{_overload}", _FAKES[_name], lib=_library)
     _library.impl(f"{_name}.triton", _triton(_name), "CompositeExplicitAutograd")
 
