@@ -1,0 +1,115 @@
+// Matrix products of cache-resident tiles: C (+)= A B, accumulated in registers.
+//
+// One micro-kernel serves every product of the CPU backend. It holds kRows x kVectors accumulators,
+// reads B by whole vectors and A one element at a time, so A may have any strides: A and its
+// transpose are equally good. What a caller wants as a transposed B it packs once per tile
+// (tile_io.h); that costs a vector operation per vector of B against kRows multiply-adds.
+//
+// Bound: one multiply-add instruction per cycle. A step of the inner loop issues kRows * kVectors of
+// them for kRows + kVectors loads.
+#pragma once
+
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstdint>
+#include <utility>
+
+namespace restore_kernels {
+inline namespace CPU_CAPABILITY {
+
+template <typename T>
+struct Matrix {  // element (i, j) at data[i * row + j * col]
+  T* data;
+  int64_t row;
+  int64_t col = 1;
+
+  Matrix transposed() const { return {data, col, row}; }
+  Matrix from(int64_t i, int64_t j) const { return {data + i * row + j * col, row, col}; }
+  operator Matrix<const T>() const { return {data, row, col}; }
+};
+
+namespace gemm {
+
+// Accumulators, a row of B and one broadcast element fit the register file: 32 registers with
+// AVX-512 (8 x 3 would fit too, but the compiler spills it: 80 instead of 116 GFLOP/s), 16 without.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kRows = 6, kVectors = 3;
+#else
+constexpr int kRows = 4, kVectors = 3;
+#endif
+constexpr int kRemainder = 2;  // row blocks of 2, then single rows, finish what kRows leaves
+
+template <typename T, int rows, int vectors>
+inline __attribute__((always_inline)) void micro_kernel(
+    Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t depth, bool accumulate, int64_t last) {
+  using Vec = at::vec::Vectorized<T>;
+  // `last`: how many elements of the last vector exist; kept apart so that full tiles have no tail code.
+  const bool full = last == Vec::size();
+  auto load = [&](const T* p, int v) {
+    return (v + 1 < vectors || full) ? Vec::loadu(p + v * Vec::size()) : Vec::loadu(p + v * Vec::size(), last);
+  };
+  Vec sum[rows][vectors];
+  for (int i = 0; i < rows; ++i)
+    for (int v = 0; v < vectors; ++v)
+      sum[i][v] = accumulate ? load(c.data + i * c.row, v) : Vec(T(0));
+  const T* b_row = b.data;
+  const T* a_column = a.data;
+  for (int64_t k = 0; k < depth; ++k, b_row += b.row, a_column += a.col) {
+    Vec b_k[vectors];
+    for (int v = 0; v < vectors; ++v) b_k[v] = load(b_row, v);
+    for (int i = 0; i < rows; ++i) {
+      const Vec a_ik(a_column[i * a.row]);
+      for (int v = 0; v < vectors; ++v) sum[i][v] = at::vec::fmadd(a_ik, b_k[v], sum[i][v]);
+    }
+  }
+  for (int i = 0; i < rows; ++i)
+    for (int v = 0; v < vectors; ++v) {
+      T* p = c.data + i * c.row + v * Vec::size();
+      if (v + 1 < vectors || full) sum[i][v].store(p);
+      else sum[i][v].store(p, last);
+    }
+}
+
+template <typename T, int vectors, typename Idle>
+void row_blocks(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t depth, bool accumulate,
+                int64_t last, Idle& idle) {
+  int64_t i = 0;
+  for (; i + kRows <= rows; i += kRows) {
+    micro_kernel<T, kRows, vectors>(a.from(i, 0), b, c.from(i, 0), depth, accumulate, last);
+    idle();
+  }
+  for (; i + kRemainder <= rows; i += kRemainder)
+    micro_kernel<T, kRemainder, vectors>(a.from(i, 0), b, c.from(i, 0), depth, accumulate, last);
+  for (; i < rows; ++i)
+    micro_kernel<T, 1, vectors>(a.from(i, 0), b, c.from(i, 0), depth, accumulate, last);
+}
+
+}  // namespace gemm
+
+struct NoIdle {
+  void operator()() const {}
+};
+
+// c (+)= a b with a (rows x depth), b (depth x columns), c (rows x columns); b.col == c.col == 1.
+// `idle` is called between blocks of the product: the memory system has time for something else then.
+template <typename T, typename Idle = NoIdle>
+void multiply(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns, int64_t depth,
+              bool accumulate, Idle&& idle = {}) {
+  constexpr int64_t width = at::vec::Vectorized<T>::size();
+  constexpr int64_t panel = gemm::kVectors * width;
+  for (int64_t j = 0; j < columns; j += panel) {
+    const int64_t left = columns - j;
+    const auto b_j = b.from(0, j);
+    const auto c_j = c.from(0, j);
+    if (left > 2 * width)
+      gemm::row_blocks<T, 3>(a, b_j, c_j, rows, depth, accumulate, left >= panel ? width : left - 2 * width,
+                             idle);
+    else if (left > width)
+      gemm::row_blocks<T, 2>(a, b_j, c_j, rows, depth, accumulate, left - width, idle);
+    else
+      gemm::row_blocks<T, 1>(a, b_j, c_j, rows, depth, accumulate, left, idle);
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace restore_kernels

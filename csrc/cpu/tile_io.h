@@ -1,0 +1,138 @@
+// Moves tiles between tensors (any dtype, any strides) and packed scratch in the accumulation type.
+//
+// Packing is what lets the kernels take any strides without copying a tensor: rows of an image lie
+// a power of two apart, so a tile read in place would fight itself for the same cache sets; packed,
+// it is read many times from L1. Each element is packed once per pass.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <c10/core/impl/alloc_cpu.h>
+
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+
+#include "tile_gemm.h"
+
+namespace restore_kernels {
+inline namespace CPU_CAPABILITY {
+
+// Uninitialised, 64-byte aligned.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : data_(static_cast<T*>(c10::alloc_cpu(count * sizeof(T)))) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { c10::free_cpu(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+namespace tile_io {
+
+constexpr int kBlock = 16;
+
+template <typename T>
+void transpose_block(const T* source, int64_t source_row, T* target, int64_t target_row, int64_t rows,
+                     int64_t columns) {
+  if (rows == kBlock && columns == kBlock)
+    at::vec::transpose_mxn<T, kBlock, kBlock>(source, source_row, target, target_row);
+  else
+    at::vec::transpose_mxn<T>(source, source_row, target, target_row, static_cast<int>(rows), static_cast<int>(columns));
+}
+
+// target (columns x rows) = source (rows x columns) transposed, both with contiguous rows.
+template <typename S, typename T>
+void transpose(const S* source, int64_t source_row, T* target, int64_t target_row, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; i += kBlock) {
+    const int64_t height = std::min<int64_t>(kBlock, rows - i);
+    for (int64_t j = 0; j < columns; j += kBlock) {
+      const int64_t width = std::min<int64_t>(kBlock, columns - j);
+      const S* from = source + i * source_row + j;
+      T* to = target + j * target_row + i;
+      if constexpr (std::is_same_v<S, T>) {
+        transpose_block(from, source_row, to, target_row, height, width);
+      } else {
+        alignas(64) std::conditional_t<sizeof(S) < sizeof(T), T, S> block[kBlock * kBlock];
+        if constexpr (sizeof(S) < sizeof(T)) {  // widen, then transpose
+          for (int64_t r = 0; r < height; ++r) at::vec::convert(from + r * source_row, block + r * kBlock, width);
+          transpose_block(block, kBlock, to, target_row, height, width);
+        } else {  // transpose, then narrow
+          transpose_block(from, source_row, block, kBlock, height, width);
+          for (int64_t r = 0; r < width; ++r) at::vec::convert(block + r * kBlock, to + r * target_row, height);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace tile_io
+
+// target = source, converting; either may have any strides.
+template <typename S, typename T>
+void copy_tile(Matrix<const S> source, Matrix<T> target, int64_t rows, int64_t columns) {
+  if (source.col == 1 && target.col == 1) {
+    for (int64_t i = 0; i < rows; ++i)
+      at::vec::convert(source.data + i * source.row, target.data + i * target.row, columns);
+  } else if (source.row == 1 && target.row == 1) {
+    copy_tile(source.transposed(), target.transposed(), columns, rows);
+  } else if (source.row == 1 && target.col == 1) {
+    tile_io::transpose(source.data, source.col, target.data, target.row, columns, rows);
+  } else if (source.col == 1 && target.row == 1) {
+    tile_io::transpose(source.data, source.row, target.data, target.col, rows, columns);
+  } else {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j)
+        target.data[i * target.row + j * target.col] = static_cast<T>(source.data[i * source.row + j * source.col]);
+  }
+}
+
+// Asks the memory system for a tile that will be read (or, with `write`, overwritten) next, a few cache
+// lines per call, so that the transfer runs beside the multiplications instead of before them.
+template <typename S, bool write = false>
+class Prefetch {
+ public:
+  Prefetch(Matrix<S> tile, int64_t rows, int64_t columns, int64_t lines_per_call)
+      : tile_(tile.col == 1 ? tile : tile.transposed()), rows_(tile.col == 1 ? rows : columns),
+        columns_(tile.col == 1 ? columns : rows), lines_per_call_(lines_per_call) {
+    if (tile_.col != 1) rows_ = 0;  // no contiguous lines to ask for
+  }
+
+  void operator()() {
+    for (int64_t i = 0; i < lines_per_call_ && row_ < rows_; ++i) {
+      __builtin_prefetch(tile_.data + row_ * tile_.row + column_, write, kIntoL2);
+      column_ += kLine;
+      if (column_ >= columns_) column_ = 0, ++row_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(S);
+  static constexpr int kIntoL2 = 2;
+  Matrix<S> tile_;
+  int64_t rows_, columns_, lines_per_call_, row_ = 0, column_ = 0;
+};
+
+// sum[i] += sum of squares of row i.
+template <typename T>
+void add_squares(Matrix<const T> rows, T* sum, int64_t count, int64_t length) {
+  using Vec = at::vec::Vectorized<T>;
+  for (int64_t i = 0; i < count; ++i)
+    sum[i] += at::vec::map_reduce_all<T>([](Vec x) { return x * x; }, [](Vec x, Vec y) { return x + y; },
+                                         rows.data + i * rows.row, length);
+}
+
+// sum[j] += sum of squares of column j.
+template <typename T>
+void add_column_squares(Matrix<const T> rows, T* sum, int64_t count, int64_t columns) {
+  using Vec = at::vec::Vectorized<T>;
+  for (int64_t i = 0; i < count; ++i)
+    at::vec::map2([](Vec total, Vec x) { return at::vec::fmadd(x, x, total); }, sum, sum, rows.data + i * rows.row, columns);
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace restore_kernels
