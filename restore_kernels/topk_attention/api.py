@@ -66,9 +66,9 @@ def topk_attention(
     if weights is None:
         weights = torch.full((1,), 1 / len(counts), dtype=dtype, device=q.device)
     if temperature is None:
-        temperature = 1.0 if normalize else q.shape[-1] ** -0.5
+        temperature = 1.0 if normalize else float(q.shape[-1] ** -0.5)
     if not isinstance(temperature, Tensor):
-        temperature = torch.full((1, 1), float(temperature), dtype=dtype, device=q.device)
+        temperature = torch.full((1, 1), temperature, dtype=dtype, device=q.device)
     weights = weights.to(dtype).expand(batch, heads, len(counts))
     temperature = temperature.to(dtype).expand(batch, heads, 1, 1)[..., 0, 0]
 

@@ -1,0 +1,29 @@
+"""Options of the test run: the device, and the backends that it may not do without."""
+
+from __future__ import annotations
+
+import os
+
+import conformance
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="where the conformance suite runs"
+    )
+    parser.addoption(
+        "--require-backends", default="", metavar="NAME,NAME",
+        help="backends that must run: one that cannot fails the run instead of being skipped",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    conformance.DEVICE = config.getoption("--device")
+    conformance.REQUIRED = tuple(filter(None, config.getoption("--require-backends").split(",")))
+    if conformance.DEVICE == "cpu":
+        # Before anything imports Triton: interpreted and compiled kernels do not mix in one process.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    else:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # eager's products, deterministically
+    os.environ.pop("RESTORE_KERNELS_BACKEND", None)  # the tests name their backends

@@ -1,0 +1,322 @@
+"""The conformance suite of top-k attention: every backend against the float64 truth.
+
+Each axis (size, memory layout, branches, projection, broadcast shapes) is walked in full with the
+others taking turns, rather than every combination being run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import product
+
+import conformance
+import pytest
+import torch
+from arrangements import ARRANGEMENTS
+from conformance import assert_conforms, check_runs, evaluate, runnable
+from topk_attention_problems import Case, build, decided_rows, with_magnitudes
+
+from restore_kernels import explain, topk_attention
+
+PROBE = torch.ones(1, 1, 2, 2, device=conformance.DEVICE)
+EXPLANATION = explain(topk_attention, PROBE, PROBE, PROBE, [1])
+BACKENDS = runnable(EXPLANATION)
+
+WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"eager": WIDE, "cpu": WIDE, "triton": WIDE[1:], "cuda": WIDE[1:]}
+LAYOUTS = ("channel", "token")
+INTERPRETED = {"triton"} if conformance.DEVICE == "cpu" else set()
+INTERPRETED_WORK = 30_000  # multiplies of the largest product that the interpreter is asked for
+
+
+def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
+    """Runs the test for every backend and each of the cases that it supports."""
+    cases = list(dict.fromkeys(cases))
+    pairs = [
+        pytest.param(backend, case, id=f"{backend}-{case}")
+        for backend in BACKENDS
+        for case in cases
+        if case.dtype in DTYPES[backend] and (backend not in INTERPRETED or _work(case) <= INTERPRETED_WORK)
+    ]
+    return pytest.mark.parametrize(("backend", "case"), pairs)
+
+
+def _work(case: Case) -> int:
+    if case.layout == "channel":
+        batch, heads, channels, pixels = case.shape
+        return batch * heads * channels**2 * pixels
+    batch, heads, queries, keys, length, _ = case.shape
+    return batch * heads * queries * keys * length
+
+
+def _turn(options, *counters: int):
+    """One of the options; by turns as the counters run."""
+    return options[sum(counters) % len(options)]
+
+
+# Kept counts as functions of the row length.
+BRANCHES = {
+    "half": lambda row: (max(1, row // 2),),
+    "four": lambda row: tuple(max(1, row * n // d) for n, d in ((1, 2), (2, 3), (3, 4), (4, 5))),
+    "dense": lambda row: (None,),
+    "dense_and_half": lambda row: (None, max(1, row // 2)),
+    "repeated": lambda row: (max(1, row // 3), row, max(1, row // 3), None),
+    "falling": lambda row: (row, max(1, row * 3 // 4), max(1, row // 4), 1),
+    "one": lambda row: (1,),
+    "all_but_one": lambda row: (max(1, row - 1),),
+}
+SPREAD = ("four", "dense_and_half", "half", "falling", "repeated")
+
+CHANNELS = (1, 5, 16, 47, 48, 64, 100)
+PIXELS = (1, 7, 64, 257, 1000)
+TOKENS = (  # queries, keys, length of q and k, length of v
+    (1, 1, 1, 1), (1, 7, 5, 3), (7, 1, 3, 5), (5, 16, 8, 16), (33, 65, 100, 7), (64, 64, 16, 16),
+    (64, 257, 48, 64), (257, 129, 33, 17), (100, 1000, 32, 48), (1000, 64, 8, 8), (65, 300, 1, 1),
+)  # fmt: skip
+
+
+def _sizes() -> Iterable[Case]:
+    for i, (channels, pixels) in enumerate(product(CHANNELS, PIXELS)):
+        for dtype in (torch.float32, _turn((torch.bfloat16, torch.float64, torch.float16), i)):
+            batch, heads = _turn(((1, 1), (2, 3), (1, 2), (3, 1)), i)
+            topk = BRANCHES[_turn(SPREAD, i, i // 7)](channels)
+            shape = (batch, heads, channels, pixels)
+            yield Case("channel", shape, topk, dtype, normalize=i % 3 != 0, temperature=(heads, 1, 1))
+    for i, sizes in enumerate(TOKENS):
+        for dtype in WIDE:
+            batch, heads = _turn(((1, 1), (2, 3), (1, 2)), i)
+            topk = BRANCHES[_turn(SPREAD, i)](sizes[1])
+            yield Case(
+                "token", (batch, heads, *sizes), topk, dtype, normalize=i % 3 != 0, weights=(len(topk),)
+            )
+
+
+def _memory() -> Iterable[Case]:
+    shapes = {"channel": (2, 3, 12, 35), "token": (2, 3, 35, 21, 12, 10)}
+    for i, (layout, name) in enumerate(product(LAYOUTS, ARRANGEMENTS)):
+        # With k constant along its rows, all of a row's scores would be equal but for rounding.
+        first = "contiguous" if ARRANGEMENTS[name].shared == 3 else name
+        for dtype in (torch.float32, _turn((torch.bfloat16, torch.float64, torch.float16), i)):
+            grad = _turn(("contiguous", "transposed", "pixel_major", "every_other_element", "unaligned"), i)
+            yield Case(
+                layout, shapes[layout], (4, 6, None), dtype, arrangements=(first, first, name), grad=grad
+            )
+    for layout in LAYOUTS:
+        mixed = ("every_other_element", "pixel_major", "contiguous")
+        for dtype in WIDE:
+            yield Case(layout, shapes[layout], (3, None), dtype, arrangements=mixed, grad="one_value")
+
+
+def _branches() -> Iterable[Case]:
+    for (name, topk), layout, normalize in product(BRANCHES.items(), LAYOUTS, (True, False)):
+        shape = (1, 2, 15, 40) if layout == "channel" else (1, 2, 20, 15, 8, 8)
+        dtype = _turn(WIDE, len(name), normalize)
+        yield Case(layout, shape, topk(15), dtype, normalize, temperature=(2, 1, 1), weights=(len(topk(15)),))
+
+
+def _projections() -> Iterable[Case]:
+    for i, (out, (batch, heads, channels, pixels)) in enumerate(
+        product((1, 5, 24, 65), ((2, 2, 12, 33), (1, 1, 48, 64), (1, 4, 6, 1), (3, 1, 5, 300)))
+    ):
+        placed = (_turn(("contiguous", "pixel_major", "qkv_slice", "pixel_major_qkv_slice"), i),) * 3
+        grad = _turn(("contiguous", "pixel_major", "one_value"), i)
+        shape, topk = (batch, heads, channels, pixels), BRANCHES[_turn(SPREAD, i)](channels)
+        for dtype in (torch.float32, _turn((torch.bfloat16, torch.float64, torch.float16), i)):
+            yield Case("channel", shape, topk, dtype, out_proj=out, arrangements=placed, grad=grad)
+
+
+def _broadcasts() -> Iterable[Case]:
+    temperatures = (None, 3, 0.25, -1.5, (), (1,), (3, 1, 1), (2, 1, 1, 1), (2, 3, 1, 1), (1, 1))
+    weights = (None, (), (2,), (1,), (3, 1), (3, 2), (2, 1, 1), (2, 3, 2), (1, 3, 2), (2, 1, 2))
+    for layout, (temperature, weight) in product(LAYOUTS, zip(temperatures, weights, strict=True)):
+        shape = (2, 3, 10, 30) if layout == "channel" else (2, 3, 9, 10, 8, 7)
+        yield Case(layout, shape, (4, None), temperature=temperature, weights=weight)
+
+
+@pytest.mark.parametrize("backend", EXPLANATION.why_not)
+def test_backend_runs_here(backend):
+    check_runs(EXPLANATION, backend)
+
+
+@each(_sizes())
+def test_sizes(backend, case):
+    assert_conforms(build(case), backend)
+
+
+@each(_memory())
+def test_memory_layouts(backend, case):
+    assert_conforms(build(case), backend)
+
+
+@each(_branches())
+def test_branches(backend, case):
+    assert_conforms(build(case), backend)
+
+
+@each(_projections())
+def test_output_projection(backend, case):
+    assert_conforms(build(case), backend)
+
+
+@each(_broadcasts())
+def test_broadcast_temperature_and_weights(backend, case):
+    assert_conforms(build(case), backend)
+
+
+def _basic(dtypes: Iterable[torch.dtype] = WIDE, **options) -> Iterable[Case]:
+    for dtype in dtypes:
+        yield Case(
+            "channel", (2, 2, 12, 30), (3, 6, None), dtype, temperature=(2, 1, 1), weights=(3,), **options
+        )
+        yield Case(
+            "token", (2, 2, 20, 12, 8, 9), (3, 6, None), dtype, temperature=(2, 1, 1), weights=(3,), **options
+        )
+
+
+def _with(case: Case, **tensors: torch.Tensor) -> conformance.Problem:
+    """The case's problem with some tensors replaced; scores must not depend on rounding."""
+    problem = build(case)
+    changed = {name: x.to(problem.tensors[name]) for name, x in tensors.items()}
+    problem = replace(problem, tensors={**problem.tensors, **changed}, parts={})
+    assert decided_rows(problem).all()
+    return with_magnitudes(problem)
+
+
+@each(_basic())
+def test_negative_temperature_reverses_the_order(backend, case):
+    assert_conforms(_with(case, temperature=torch.tensor([-2.0, 1.0])[:, None, None]), backend)
+
+
+@each(_basic())
+def test_zero_temperature_keeps_the_lowest_indices(backend, case):
+    """Every score is +0 or -0; they are equal."""
+    assert_conforms(_with(case, temperature=torch.zeros(2, 1, 1)), backend)
+
+
+def _exact(case: Case) -> conformance.Problem:
+    """Entries of ±1 and rows of 4^n of them: norms, products and scores are exact, and often equal."""
+    problem = build(case)
+    generator = torch.Generator().manual_seed(1)
+    shapes = {name: problem.tensors[name].shape for name in "qk"}
+    signs = {name: torch.randint(2, shape, generator=generator) * 2 - 1 for name, shape in shapes.items()}
+    signs["k"][:, :, 1::3] = signs["k"][:, :, :1]  # duplicates
+    return _with(case, **signs, temperature=torch.tensor([2.0, -0.5])[:, None, None])
+
+
+def _ties() -> Iterable[Case]:
+    for dtype, normalize in product(WIDE, (True, False)):
+        options = {"dtype": dtype, "normalize": normalize, "temperature": (2, 1, 1)}
+        yield Case("channel", (1, 2, 23, 64), (1, 5, 11, 17, 22, None), **options)
+        yield Case("token", (1, 2, 13, 23, 16, 6), (1, 5, 11, 17, 22, None), **options)
+        yield Case("channel", (1, 2, 100, 16), (50, 66, 75, 80), **options)
+        yield Case("token", (1, 2, 9, 300, 4, 5), (64, 150), **options)
+
+
+@each(_ties())
+def test_of_equal_scores_the_lower_index_is_kept(backend, case):
+    assert_conforms(_exact(case), backend)
+
+
+@each(_basic(WIDE[:3]))
+def test_zero_vectors(backend, case):
+    """A zero row of q ties all of its scores, and its norm is the clamp, 1e-12: a huge gradient."""
+    problem = build(case)
+    zeroed = {name: problem.tensors[name].clone() for name in "qk"}
+    for x in zeroed.values():
+        x[:, 0, 2] = 0
+    problem = _with(case, **zeroed)
+    is_zero = (zeroed["q"] == 0).all(-1, keepdim=True), (zeroed["k"] == 0).all(-1, keepdim=True)
+    parts = {f"grad_{name}": [zero, ~zero] for name, zero in zip("qk", is_zero, strict=True)}
+    assert_conforms(replace(problem, parts=parts), backend)
+
+
+def _scaled(layout: str, dtype: torch.dtype, size: float) -> conformance.Problem:
+    shape = (1, 2, 12, 40) if layout == "channel" else (1, 2, 20, 12, 8, 9)
+    problem = build(Case(layout, shape, (4, None), dtype, temperature=(2, 1, 1)))
+    scaled = {name: problem.tensors[name] * size for name in "qk"}
+    return replace(problem, tensors={**problem.tensors, **scaled})
+
+
+MAGNITUDES = [
+    *((torch.float32, size) for size in (1e-15, 1e-9, 1e4, 1e15)),
+    *((torch.bfloat16, size) for size in (1e-15, 1e4, 1e15)),
+    *((torch.float16, size) for size in (1e-4, 4e3)),  # at 4e3 the sum of squares is beyond float16
+]
+
+
+@pytest.mark.parametrize(("dtype", "size"), MAGNITUDES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_magnitudes(backend, layout, dtype, size):
+    """As long as products of two entries are within float32; below 1e-12 the norms are clamped."""
+    assert_conforms(with_magnitudes(_scaled(layout, dtype, size)), backend)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_nan_where_products_underflow_or_overflow(backend, layout, dtype, size):
+    for name, x in evaluate(_scaled(layout, dtype, size), backend).items():
+        assert x.isfinite().all(), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_shows_in_its_head_and_no_other(backend, layout):
+    """A score of NaN counts as the largest of its row, as it does to torch.topk."""
+    shape = (1, 3, 12, 40) if layout == "channel" else (1, 3, 20, 12, 8, 9)
+    problem = build(Case(layout, shape, (4, None)))
+    clean = evaluate(problem, backend)
+    for name, rows in (("q", [3]), ("k", range(problem.grad_out.shape[2]))):
+        x = problem.tensors[name].clone()
+        x[0, 1, 3, 2] = float("nan")
+        dirty = evaluate(replace(problem, tensors={**problem.tensors, name: x}), backend)
+        assert dirty["out"][0, 1].isnan().all(-1).nonzero().flatten().tolist() == list(rows)
+        for result in clean:
+            assert torch.equal(clean[result][:, ::2], dirty[result][:, ::2]), result
+
+
+@pytest.mark.parametrize(("layout", "out_proj"), [("channel", None), ("channel", 7), ("token", None)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend, layout, out_proj):
+    shape = (0, 2, 5, 6) if layout == "channel" else (0, 2, 5, 6, 3, 4)
+    problem = build(Case(layout, shape, (2, None), out_proj=out_proj, temperature=(2, 1, 1), weights=(2,)))
+    result = evaluate(problem, backend)
+    assert result["out"].shape == problem.grad_out.shape
+    for name, x in problem.tensors.items():
+        assert torch.equal(result[f"grad_{name}"], torch.zeros_like(x)), name
+
+
+@each(_basic())
+def test_every_element_is_written(backend, case):
+    """Deterministic mode fills uninitialised memory with NaN, of which nothing may be left."""
+    problem = build(case)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3, device=conformance.DEVICE).isnan().all()
+        result = evaluate(problem, backend)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, x in result.items():
+        assert x.isfinite().all(), name
+    assert_conforms(problem, backend)
+
+
+@each(_basic(dtypes=(torch.float32, torch.bfloat16)))
+def test_results_are_bitwise_reproducible(backend, case):
+    """In every run and, on the CPU, with any number of threads."""
+    if backend not in INTERPRETED:
+        shape = (2, 2, 48, 600) if case.layout == "channel" else (1, 2, 300, 200, 16, 16)
+        case = replace(case, shape=shape)
+    problem = build(case)
+    first, threads = evaluate(problem, backend), torch.get_num_threads()
+    for count in (threads, 1, 2) if backend == "cpu" else (threads,):
+        torch.set_num_threads(count)
+        try:
+            again = evaluate(problem, backend)
+        finally:
+            torch.set_num_threads(threads)
+        for name, x in first.items():
+            assert torch.equal(x, again[name]), f"{name}, {count} threads"
