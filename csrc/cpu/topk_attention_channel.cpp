@@ -481,7 +481,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_attention_channe
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "topk_attention_channel_backward", [&] {
     using T = Accumulate<scalar_t>;
     return backward<scalar_t, T>(Problem<T>(q, temperature, weights, out_proj, topk, normalize), grad_out, q, k, v,
-                                 similarity, norms);
+                                 similarity.contiguous(), norms.contiguous());
   });
 }
 
