@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 
-import conformance
 import pytest
+
+pytest.register_assert_rewrite("conformance")
+
+import conformance  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,17 +9,42 @@ and problems with exact ties are made of numbers for which the arithmetic is exa
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import conformance
+import pytest
 import torch
 from arrangements import arrange
-from conformance import Problem
+from conformance import Problem, runnable
 from topk_attention_contract import branch_probabilities, row_norms
 from torch import Tensor
 
-from restore_kernels import topk_attention
+from restore_kernels import explain, topk_attention
+
+PROBE = torch.ones(1, 1, 2, 2, device=conformance.DEVICE)
+EXPLANATION = explain(topk_attention, PROBE, PROBE, PROBE, [1])
+BACKENDS = runnable(EXPLANATION)
+FUSED = [backend for backend in BACKENDS if backend != "eager"]
+INTERPRETED = ("triton",) if conformance.DEVICE == "cpu" else ()
+INTERPRETED_WORK = 30_000  # multiplies of the largest product that the interpreter is asked for
+
+LAYOUTS = ("channel", "token")
+ALL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"eager": ALL_DTYPES, "cpu": ALL_DTYPES, "triton": ALL_DTYPES[1:], "cuda": ALL_DTYPES[1:]}
+
+# Kept counts as functions of the row length.
+BRANCHES = {
+    "half": lambda row: (max(1, row // 2),),
+    "four": lambda row: tuple(max(1, row * n // d) for n, d in ((1, 2), (2, 3), (3, 4), (4, 5))),
+    "dense": lambda row: (None,),
+    "dense_and_half": lambda row: (None, max(1, row // 2)),
+    "repeated": lambda row: (max(1, row // 3), row, max(1, row // 3), None),
+    "falling": lambda row: (row, max(1, row * 3 // 4), max(1, row // 4), 1),
+    "one": lambda row: (1,),
+    "all_but_one": lambda row: (max(1, row - 1),),
+}
 
 # Scores nearer than this many roundings (of the largest product of two norms) count as undecided.
 UNDECIDED = 64
@@ -58,6 +83,26 @@ class Case:
         parts += ["+".join(names)] if names != ["contiguous"] else []
         parts += [] if self.grad == "contiguous" else [f"grad_{self.grad}"]
         return "-".join(parts).replace(" ", "")
+
+
+def each(cases: Iterable[Case], backends: Sequence[str] = BACKENDS) -> pytest.MarkDecorator:
+    """Runs the test for every backend and each of the cases that it supports."""
+    cases = list(dict.fromkeys(cases))
+    pairs = [
+        pytest.param(backend, case, id=f"{backend}-{case}")
+        for backend in backends
+        for case in cases
+        if case.dtype in DTYPES[backend] and (backend not in INTERPRETED or _work(case) <= INTERPRETED_WORK)
+    ]
+    return pytest.mark.parametrize(("backend", "case"), pairs)
+
+
+def _work(case: Case) -> int:
+    if case.layout == "channel":
+        batch, heads, channels, pixels = case.shape
+        return batch * heads * channels**2 * pixels
+    batch, heads, queries, keys, length, _ = case.shape
+    return batch * heads * queries * keys * length
 
 
 def build(case: Case) -> Problem:

@@ -1,0 +1,144 @@
+"""The operators behind top-k attention: what they save, their fakes, their derivatives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import conformance
+import pytest
+import topk_attention_contract as contract
+import torch
+from conformance import judge
+from topk_attention_problems import (
+    ALL_DTYPES,
+    BACKENDS,
+    DTYPES,
+    FUSED,
+    INTERPRETED,
+    Case,
+    build,
+    decided_rows,
+    each,
+)  # fmt: skip
+from torch import Tensor
+
+from restore_kernels import topk_attention
+from restore_kernels.topk_attention.ops import overload
+
+CHANNEL = Case("channel", (2, 2, 12, 30), (3, 7, 12), temperature=(2, 2, 1, 1), weights=(2, 2, 3))
+TOKEN = Case("token", (2, 2, 20, 12, 8, 9), (3, 7, 12), temperature=(2, 2, 1, 1), weights=(2, 2, 3))
+CASES = [
+    replace(case, dtype=dtype, normalize=normalize, out_proj=out_proj, arrangements=(placed,) * 3)
+    for case, out_proj, normalize, placed in (
+        (CHANNEL, None, True, "contiguous"), (CHANNEL, None, False, "pixel_major_qkv_slice"),
+        (CHANNEL, 9, True, "pixel_major"), (TOKEN, None, True, "contiguous"),
+        (TOKEN, None, False, "token_major_qkv_slice"),
+    )
+    for dtype in ALL_DTYPES
+]  # fmt: skip
+
+
+def arguments(problem: conformance.Problem) -> tuple:
+    """The problem's call as the operators take it, for cases that give every tensor in full."""
+    tensors, options = problem.tensors, problem.options
+    projection = (tensors.get("out_proj"),) if options["layout"] == "channel" else ()
+    small = tensors["temperature"][..., 0, 0], tensors["weights"]
+    return (*(tensors[x] for x in "qkv"), *small, *projection, options["topk"], options["normalize"])
+
+
+def in_dtype(dtype: torch.dtype, args: tuple) -> tuple:
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
+
+
+def run(case: Case, backend: str, args: tuple) -> tuple[tuple[Tensor, ...], tuple]:
+    """The forward operator's saved outputs, and the arguments of its backward with them."""
+    _, *saved = overload(f"topk_attention_{case.layout}", backend)(*args)
+    return tuple(saved), (*args[:-2], *saved, *args[-2:])
+
+
+@each(CASES, FUSED)
+def test_saved_tensors(backend, case):
+    problem = build(case)
+    args = arguments(problem)
+    working = torch.float64 if case.dtype == torch.float64 else torch.float32
+    saved, _ = run(case, backend, args)
+    model = contract.channel if case.layout == "channel" else contract.token
+    names = ["similarity", "norms"] if case.layout == "channel" else ["threshold", "last_tie", "log_sum_exp"]
+    exact = dict(zip(names, model(*in_dtype(torch.float64, args))[1:], strict=True))
+    result = dict(zip(names, saved, strict=True))
+    if case.layout == "token":
+        assert result["last_tie"].dtype == torch.int32
+        last_tie, decided = exact.pop("last_tie"), decided_rows(problem)
+        assert torch.equal(result.pop("last_tie")[decided], last_tie[decided])
+    yardstick = dict(zip(names, model(*in_dtype(torch.float32, args))[1:], strict=True))
+    terms = contract.normalized_product(args[0].double().abs(), args[1].double().abs(), case.normalize)[0]
+    largest = (terms * args[3].double().abs()[..., None, None]).amax().clamp_min(1)
+    for name, x in result.items():
+        assert (x.shape, x.dtype) == (exact[name].shape, working), name
+        judge({name: x}, {name: yardstick[name]}, {name: exact[name]}, {name: largest})
+
+
+@each([replace(TOKEN, dtype=dtype, shape=(1, 2, 13, 23, 16, 6), topk=(1, 5, 22), weights=(1, 2, 3),
+               temperature=(1, 2, 1, 1)) for dtype in ALL_DTYPES], FUSED)  # fmt: skip
+def test_saved_selection_is_exact_among_ties(backend, case):
+    problem = build(case)
+    generator = torch.Generator().manual_seed(0)
+    for name in "qk":
+        x = problem.tensors[name]
+        x.copy_(torch.randint(2, x.shape, generator=generator) * 2 - 1)
+    problem.tensors["temperature"].copy_(torch.tensor([2.0, -0.5])[None, :, None, None])
+    (threshold, last_tie, _), _ = run(case, backend, arguments(problem))
+    _, exact_threshold, exact_last_tie, _ = contract.token(*in_dtype(torch.float64, arguments(problem)))
+    assert torch.equal(threshold.double(), exact_threshold)
+    assert torch.equal(last_tie, exact_last_tie)
+
+
+@each(CASES, FUSED)
+def test_backward_reads_what_any_backend_saved(backend, case):
+    """The backward operator by itself, on tensors saved as ``ops.py`` describes them."""
+    problem = build(case)
+    args = arguments(problem)
+    forward = contract.channel if case.layout == "channel" else contract.token
+    saved = [x.clone() for x in forward(*args)[1:]]
+    op = overload(f"topk_attention_{case.layout}_backward", backend)
+    grads = op(problem.grad_out, *args[:-2], *saved, *args[-2:])
+    names = ["q", "k", "v", "temperature", "weights", "out_proj"]
+    result = {f"grad_{name}": x for name, x in zip(names, grads, strict=False) if name in problem.tensors}
+    result["grad_temperature"] = result["grad_temperature"][..., None, None]
+    if case.out_proj is not None:
+        result["grad_out_proj"] = result["grad_out_proj"].to(case.dtype)
+    exact = conformance.eager_in(torch.float64, problem)
+    yardstick = conformance.eager_in(torch.float32 if case.dtype == torch.float64 else case.dtype, problem)
+    judge(result, *({name: x[name] for name in result} for x in (yardstick, exact)), problem.magnitudes)
+
+
+@each([case for case in CASES if case.dtype in (torch.float32, torch.bfloat16)], FUSED)
+def test_operators_are_registered_correctly(backend, case):
+    """Schemas, and fakes that predict shapes, dtypes and strides."""
+    problem = build(case)
+    args = arguments(problem)
+    _, with_saved = run(case, backend, args)
+    utils = ("test_schema", "test_faketensor")
+    if backend not in INTERPRETED:  # the interpreter cannot be traced through
+        utils += ("test_aot_dispatch_dynamic",)
+    torch.library.opcheck(overload(f"topk_attention_{case.layout}", backend), args, test_utils=utils)
+    backward = overload(f"topk_attention_{case.layout}_backward", backend)
+    torch.library.opcheck(backward, (problem.grad_out, *with_saved), test_utils=utils)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("layout", "out_proj"), [("channel", None), ("channel", 4), ("token", None)])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if torch.float64 in DTYPES[name]])
+def test_gradcheck(backend, layout, out_proj, normalize):
+    shape = (2, 2, 5, 6) if layout == "channel" else (2, 2, 4, 5, 3, 2)
+    problem = build(
+        Case(layout, shape, (2, 3, None), torch.float64, normalize, out_proj, (2, 1, 1), (2, 3))
+    )  # fmt: skip
+    names, inputs = list(problem.tensors), [x.detach().requires_grad_() for x in problem.tensors.values()]
+
+    def call(*args: Tensor) -> Tensor:
+        return topk_attention(**dict(zip(names, args, strict=True)), **problem.options, backend=backend)
+
+    assert torch.autograd.gradcheck(call, inputs)
+    if backend == "eager":
+        assert torch.autograd.gradgradcheck(call, inputs)
