@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -39,8 +40,12 @@ def cpu_library_name() -> str:
 def cpu_library() -> Library:
     name = cpu_library_name()
     if importlib.util.find_spec(f"restore_kernels.{name}") is None:
-        return Library(name, None, f"the compiled library restore_kernels.{name} is not installed; "
-                       "build it with a C++ compiler: pip install --no-build-isolation -e .")
+        return Library(
+            name,
+            None,
+            f"the compiled library restore_kernels.{name} is not installed; "
+            "build it with a C++ compiler: pip install --no-build-isolation -e .",
+        )
     try:
         return Library(name, importlib.import_module(f"restore_kernels.{name}"), None)
     except ImportError as error:
@@ -48,17 +53,23 @@ def cpu_library() -> Library:
         return Library(name, None, f"{built_for} ({_one_line(error)}); rebuild it")
 
 
+def _constant_to_the_compiler(function: Callable[..., str | None]) -> Callable[..., str | None]:
+    """What ``torch.compiler.assume_constant_result`` does; that imports the compiler, and so Triton."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-@torch.compiler.assume_constant_result
+@_constant_to_the_compiler
 def why_no_cpu_library() -> str | None:
     """Why the compiled CPU library cannot be used, or None. Loads it on first call."""
     return cpu_library().why_not
 
 
-@torch.compiler.assume_constant_result
+@_constant_to_the_compiler
 def why_no_triton(device_type: str, device_index: int | None) -> str | None:
     """Why Triton kernels cannot run on this device, or None. Does not import Triton."""
     if importlib.util.find_spec("triton") is None:
@@ -66,7 +77,9 @@ def why_no_triton(device_type: str, device_index: int | None) -> str | None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if device_type != "cuda":
-        return f"it needs a CUDA tensor, got one on {device_type!r} (TRITON_INTERPRET=1 runs it there, slowly)"
+        return (
+            f"it needs a CUDA tensor, got one on {device_type!r} (TRITON_INTERPRET=1 runs it there, slowly)"
+        )
     major, minor = torch.cuda.get_device_capability(device_index)
     if major < 8:
         return f"it needs compute capability 8.0 or newer, this GPU has {major}.{minor}"

@@ -24,10 +24,12 @@ class _ProjectedAttention(nn.Module):
         self.qkv_dwconv = nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, bias=bias)
         self.project_out = nn.Conv2d(dim, dim, 1, bias=bias)
 
-    def _project_in(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, dim, H, W) -> q, k, v, each (B, heads, dim / heads, H * W)."""
+    def _check_input(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.dim:
             raise ValueError(f"x must have shape (B, {self.dim}, H, W); got {tuple(x.shape)}")
+
+    def _project_in(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, dim, H, W) -> q, k, v, each (B, heads, dim / heads, H * W)."""
         q, k, v = self.qkv_dwconv(self.qkv(x)).chunk(3, dim=1)
         return self._split_heads(q), self._split_heads(k), self._split_heads(v)
 
@@ -70,6 +72,7 @@ class TopKSparseAttention(_ProjectedAttention):
             self.register_parameter(f"attn{branch}", nn.Parameter(torch.full((1,), 0.2)))
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
         weights = torch.cat((self.attn1, self.attn2, self.attn3, self.attn4))
         return self._channel_attention(x, self.topk, weights)
 
@@ -110,6 +113,7 @@ class DynamicDualAttention(_ProjectedAttention):
         self.branch_logits = nn.Linear(dim, 2 * heads)
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
         logits = self.branch_logits(x.mean(dim=(2, 3)))
         weights = logits.unflatten(1, (self.heads, 2)).softmax(dim=-1)  # (B, heads, 2)
         if self.layout == "channel":
@@ -117,7 +121,7 @@ class DynamicDualAttention(_ProjectedAttention):
         return self._window_attention(x, weights)
 
     def _window_attention(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Token attention in non-overlapping windows; the image is padded at its right and lower edge to fill them."""
+        """Token attention in non-overlapping windows; padding at the right and below fills the last."""
         batch, _, height, width = x.shape
         side, heads = self.window_size, self.heads
         x = F.pad(x, (0, -width % side, 0, -height % side), mode="replicate")
