@@ -1,0 +1,187 @@
+"""Which backend runs a call, and what is said of the others."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import restore_kernels
+from restore_kernels import backends, explain, native, topk_attention, use_backend
+from restore_kernels.topk_attention import api, autograd
+
+
+@pytest.fixture
+def qkv() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(1, 2, 4, 9, generator=generator) for _ in range(3))
+
+
+@pytest.fixture
+def without_libraries(monkeypatch) -> None:
+    monkeypatch.setattr(native, "why_no_cpu_library", lambda: "it was not built")
+    monkeypatch.setattr(native, "why_no_triton", lambda *_: "it is not installed")
+
+
+@pytest.fixture
+def everything_runs(monkeypatch) -> list[str]:
+    """Every backend seems to run; the names of those called are collected instead of calling them."""
+    called: list[str] = []
+
+    class Recorder:
+        @staticmethod
+        def apply(q, k, v, *rest):
+            called.append(rest[-1])
+            return (v,)
+
+    monkeypatch.setattr(api, "ChannelTopKAttention", Recorder)
+    monkeypatch.setattr(api.reference, "channel", lambda q, k, v, *_: called.append("eager") or v)
+    monkeypatch.setattr(api, "_CANDIDATES", dict.fromkeys(api._CANDIDATES, lambda *_: None))
+    return called
+
+
+def test_the_call_wins_over_the_block_and_the_block_over_the_process(everything_runs, qkv, monkeypatch):
+    monkeypatch.setenv("RESTORE_KERNELS_BACKEND", "triton")
+    topk_attention(*qkv, [2])
+    with use_backend("cpu"):
+        topk_attention(*qkv, [2])
+        with use_backend("eager"):
+            topk_attention(*qkv, [2])
+            topk_attention(*qkv, [2], backend="cuda")
+        topk_attention(*qkv, [2])
+    topk_attention(*qkv, [2])
+    assert everything_runs == ["triton", "cpu", "eager", "cuda", "cpu", "triton"]
+
+
+def test_auto_takes_the_first_that_can(everything_runs, qkv):
+    topk_attention(*qkv, [2])
+    assert everything_runs == [next(iter(api._CANDIDATES))]
+
+
+def test_auto_in_a_block_undoes_the_process_wide_choice(everything_runs, qkv, monkeypatch):
+    monkeypatch.setenv("RESTORE_KERNELS_BACKEND", "eager")
+    with use_backend("auto"):
+        topk_attention(*qkv, [2])
+    assert everything_runs != ["eager"]
+
+
+def test_a_block_ends_after_an_error(qkv):
+    before = list(backends._requested)
+    with pytest.raises(ZeroDivisionError), use_backend("eager"):
+        raise ZeroDivisionError
+    assert backends._requested == before
+
+
+def test_backward_runs_where_forward_ran(qkv, monkeypatch):
+    """Also outside of the block, and in autograd's own threads."""
+    ran = []
+    monkeypatch.setattr(native, "why_no_cpu_library", lambda: None)
+
+    def overload(name, backend):
+        import topk_attention_contract
+
+        ran.append((name.removeprefix("topk_attention_"), backend))
+        return getattr(topk_attention_contract, name.removeprefix("topk_attention_"))
+
+    monkeypatch.setattr(autograd, "overload", overload)
+    q = qkv[0].requires_grad_()
+    with use_backend("cpu"):
+        out = topk_attention(q, *qkv[1:], [2])
+    with use_backend("eager"):
+        thread = threading.Thread(target=lambda: out.sum().backward())
+        thread.start()
+        thread.join()
+    assert q.grad is not None
+    assert ran == [("channel", "cpu"), ("channel_backward", "cpu")]
+
+
+@pytest.mark.parametrize("source", ["argument", "block", "process"])
+def test_unknown_names(qkv, monkeypatch, source):
+    with pytest.raises(ValueError, match="must be one of auto, eager, cpu, triton, cuda; got 'gpu'"):
+        if source == "argument":
+            topk_attention(*qkv, [2], backend="gpu")
+        elif source == "block":
+            with use_backend("gpu"):
+                pass
+        else:
+            monkeypatch.setenv("RESTORE_KERNELS_BACKEND", "gpu")
+            topk_attention(*qkv, [2])
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
+def test_a_named_backend_never_falls_back(without_libraries, qkv, name):
+    reason = {"cpu": "it was not built", "triton": "it is not installed", "cuda": "no CUDA C"}[name]
+    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run this call: .*{reason}"):
+        topk_attention(*qkv, [2], backend=name)
+    with use_backend(name), pytest.raises(RuntimeError, match=reason):
+        topk_attention(*qkv, [2])
+
+
+def test_without_any_library_everything_runs_in_eager(without_libraries, qkv):
+    q, k, v = (x.requires_grad_() for x in qkv)
+    topk_attention(q, k, v, [2, None]).sum().backward()
+    assert all(x.grad is not None for x in (q, k, v))
+
+
+def test_explain(without_libraries, qkv):
+    explanation = explain(topk_attention, *qkv, [2])
+    assert (explanation.requested, explanation.chosen) == ("auto", "eager")
+    assert explanation.why_not["cpu"] == "it was not built"
+    assert explanation.why_not["triton"] == "it is not installed"
+    assert explanation.why_not["eager"] is None
+    text = str(explanation)
+    assert text.splitlines()[0] == "topk_attention: requested auto, runs on eager"
+    assert "no: it was not built" in text and "chosen" in text
+
+
+def test_explain_says_when_the_requested_backend_cannot_run(without_libraries, qkv):
+    with use_backend("cpu"):
+        explanation = explain(topk_attention, *qkv, [2])
+    assert (explanation.requested, explanation.chosen) == ("cpu", None)
+    assert "runs on nothing" in str(explanation)
+
+
+def test_explain_names_the_dtype_and_the_device(qkv):
+    double = [x.double() for x in qkv]
+    assert "float64" in (explain(topk_attention, *double, [2]).why_not["triton"] or "")
+    meta = [x.to("meta") for x in qkv]
+    assert "meta" in (explain(topk_attention, *meta, [2]).why_not["cpu"] or "")
+
+
+def test_explain_checks_the_call_and_the_operator(qkv):
+    with pytest.raises(ValueError, match=r"topk\[0\] must be between 1 and 4"):
+        explain(topk_attention, *qkv, [5])
+    with pytest.raises(TypeError, match="operator must be a restore_kernels operator"):
+        explain(torch.relu, *qkv)
+
+
+def test_a_library_that_does_not_load_is_a_reason_and_no_crash(monkeypatch):
+    """Such as one built for another version of PyTorch."""
+
+    def fail(name):
+        raise ImportError("undefined symbol:\n  _ZN2at4_ops")
+
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(native.importlib, "import_module", fail)
+    library = native.cpu_library.__wrapped__()
+    assert library.module is None
+    assert library.why_not is not None and "\n" not in library.why_not
+    assert "undefined symbol: _ZN2at4_ops" in library.why_not and torch.__version__ in library.why_not
+
+
+def test_triton_runs_on_a_gpu_or_in_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: object())
+    assert "CUDA tensor" in (native.why_no_triton("cpu", None) or "")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert native.why_no_triton("cpu", None) is None
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in (native.why_no_triton("cpu", None) or "")
+
+
+def test_info_names_every_backend():
+    info = restore_kernels.info()
+    assert set(info["backends"]) == set(backends.NAMES) - {"auto"}
+    assert info["backends"]["eager"] == "available"
+    assert info["torch"] == torch.__version__

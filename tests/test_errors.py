@@ -1,0 +1,108 @@
+"""Bad input to the operators and modules: one line that names the argument, the expectation, the fact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from restore_kernels import topk_attention
+from restore_kernels.nn import DynamicDualAttention, TopKSparseAttention
+
+
+def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype)
+
+
+CHANNEL: dict[str, Any] = {
+    "q": ones(2, 3, 4, 5), "k": ones(2, 3, 4, 5), "v": ones(2, 3, 4, 5), "topk": [2],
+}  # fmt: skip
+TOKEN: dict[str, Any] = {
+    "q": ones(2, 3, 6, 4), "k": ones(2, 3, 5, 4), "v": ones(2, 3, 5, 7), "topk": [2], "layout": "token",
+}  # fmt: skip
+
+VALUE_ERRORS = [
+    (CHANNEL, {"q": ones(3, 4, 5)}, r"q must have shape \(B, H, C, N\); got \(3, 4, 5\)"),
+    (CHANNEL, {"k": ones(2, 3, 4, 6)}, r"k must have shape \(2, 3, 4, 5\).*got \(2, 3, 4, 6\)"),
+    (CHANNEL, {"v": ones(2, 3, 5, 5)}, r"v must have shape \(2, 3, 4, 5\).*got \(2, 3, 5, 5\)"),
+    (CHANNEL, {x: ones(2, 0, 4, 5) for x in "qkv"}, r"q must have no empty dimension.*\(2, 0, 4, 5\)"),
+    (CHANNEL, {x: ones(2, 3, 4, 0) for x in "qkv"}, r"q must have no empty dimension.*\(2, 3, 4, 0\)"),
+    (CHANNEL, {"topk": []}, "topk must name at least one branch"),
+    (CHANNEL, {"topk": [0]}, r"topk\[0\] must be between 1 and 4.*got 0"),
+    (CHANNEL, {"topk": [2, 5]}, r"topk\[1\] must be between 1 and 4.*got 5"),
+    (CHANNEL, {"topk": [-1]}, r"topk\[0\] must be between 1 and 4.*got -1"),
+    (CHANNEL, {"weights": ones(2)}, r"weights must broadcast to \(2, 3, 1\); got \(2,\)"),
+    (CHANNEL, {"weights": ones(1, 2, 3, 1)}, r"weights must broadcast to \(2, 3, 1\); got \(1, 2, 3, 1\)"),
+    (CHANNEL, {"temperature": ones(3)}, r"temperature must broadcast to \(2, 3, 1, 1\); got \(3,\)"),
+    (CHANNEL, {"layout": "pixel"}, "layout must be 'channel' or 'token'; got 'pixel'"),
+    (CHANNEL, {"out_proj": ones(7, 11)}, r"out_proj must have shape \(7, 12\).*got \(7, 11\)"),
+    (CHANNEL, {"out_proj": ones(12)}, r"out_proj must have shape \(C_out, H \* C\); got \(12,\)"),
+    (CHANNEL, {"out_proj": ones(0, 12)}, r"out_proj must have no empty dimension.*\(0, 12\)"),
+    (CHANNEL, {"k": ones(2, 3, 4, 5).to("meta")}, "k must be on q's device cpu; got meta"),
+    (CHANNEL, {"weights": ones(1).to("meta")}, "weights must be on q's device cpu; got meta"),
+    (TOKEN, {"k": ones(2, 3, 5, 3)}, r"k must have shape \(2, 3, 5, 4\).*got \(2, 3, 5, 3\)"),
+    (TOKEN, {"v": ones(2, 3, 6, 7)}, r"v must have shape \(2, 3, 5, 7\).*got \(2, 3, 6, 7\)"),
+    (TOKEN, {"v": ones(5, 7)}, r"v must have shape \(B, H, M, E\); got \(5, 7\)"),
+    (TOKEN, {"topk": [6]}, r"topk\[0\] must be between 1 and 5, the length of a row; got 6"),
+    (TOKEN, {"out_proj": ones(7, 12)}, "out_proj is for layout='channel'; got layout='token'"),
+]
+TYPE_ERRORS = [
+    (CHANNEL, {"q": np.ones((2, 3, 4, 5))}, "q must be a tensor; got ndarray"),
+    (CHANNEL, {"k": None}, "k must be a tensor; got NoneType"),
+    (CHANNEL, {"q": ones(2, 3, 4, 5, dtype=torch.int64)}, "q must be float32, .*; got int64"),
+    (CHANNEL, {"q": ones(2, 3, 4, 5, dtype=torch.complex64)}, "q must be float32, .*; got complex64"),
+    (CHANNEL, {"k": ones(2, 3, 4, 5, dtype=torch.float16)}, "k must have q's dtype float32; got float16"),
+    (CHANNEL, {"v": ones(2, 3, 4, 5, dtype=torch.float64)}, "v must have q's dtype float32; got float64"),
+    (CHANNEL, {"topk": 2}, "topk must be a sequence with one entry per branch; got int"),
+    (CHANNEL, {"topk": "22"}, "topk must be a sequence with one entry per branch; got str"),
+    (CHANNEL, {"topk": [2.0]}, r"topk\[0\] must be an int or None; got 2.0"),
+    (CHANNEL, {"topk": [True]}, r"topk\[0\] must be an int or None; got True"),
+    (CHANNEL, {"weights": [0.5]}, "weights must be a tensor; got list"),
+    (CHANNEL, {"weights": ones(1, dtype=torch.int32)}, "weights must be float32, .*; got int32"),
+    (CHANNEL, {"temperature": "1"}, "temperature must be a number or a tensor; got str"),
+    (CHANNEL, {"out_proj": [[1.0]]}, "out_proj must be a tensor; got list"),
+    (CHANNEL, {"out_proj": ones(7, 12, dtype=torch.float64)}, "out_proj must have q's dtype float32; got"),
+    (TOKEN, {"k": ones(2, 3, 5, 4, dtype=torch.bool)}, "k must be float32, .*; got bool"),
+]
+CALLS = [(ValueError, *row) for row in VALUE_ERRORS] + [(TypeError, *row) for row in TYPE_ERRORS]
+
+
+@pytest.mark.parametrize(("error", "good", "bad", "message"), CALLS, ids=[row[-1][:40] for row in CALLS])
+def test_topk_attention(error, good, bad, message):
+    topk_attention(**good)
+    with pytest.raises(error, match=message) as raised:
+        topk_attention(**{**good, **bad})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="mixing devices takes a GPU")
+def test_a_mix_of_devices():
+    with pytest.raises(ValueError, match="v must be on q's device cpu; got cuda:0"):
+        topk_attention(**{**CHANNEL, "v": CHANNEL["v"].cuda()})
+
+
+MODULES = [
+    (TopKSparseAttention, (10, 3), {}, "dim must be a positive multiple of heads; got dim=10, heads=3"),
+    (TopKSparseAttention, (0, 1), {}, "dim must be a positive multiple of heads; got dim=0, heads=1"),
+    (TopKSparseAttention, (4, 0), {}, "dim must be a positive multiple of heads; got dim=4, heads=0"),
+    (TopKSparseAttention, (4, 4), {}, "dim / heads must be at least 2; got dim=4, heads=4"),
+    (DynamicDualAttention, (4, 2), {"topk_ratio": 0}, r"topk_ratio must be in \(0, 1\]; got 0"),
+    (DynamicDualAttention, (4, 2), {"topk_ratio": 1.5}, r"topk_ratio must be in \(0, 1\]; got 1.5"),
+    (DynamicDualAttention, (4, 2), {"layout": "x"}, "layout must be 'channel' or 'token'; got 'x'"),
+    (DynamicDualAttention, (4, 2), {"window_size": 0}, "window_size must be at least 1; got 0"),
+]
+
+
+@pytest.mark.parametrize(("module", "sizes", "options", "message"), MODULES)
+def test_module_options(module, sizes, options, message):
+    with pytest.raises(ValueError, match=message):
+        module(*sizes, **options)
+
+
+@pytest.mark.parametrize("module", [TopKSparseAttention, DynamicDualAttention])
+@pytest.mark.parametrize("shape", [(2, 5, 8, 8), (4, 8, 8), (2, 4, 64)])
+def test_module_input(module, shape):
+    with pytest.raises(ValueError, match=r"x must have shape \(B, 4, H, W\); got"):
+        module(4, 2)(torch.ones(shape))
