@@ -1,0 +1,76 @@
+"""DRSformer: a sparse transformer for image deraining."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from restore_kernels.nn import TopKSparseAttention
+from restore_nets.models.blocks import TransformerBlock, UShape
+from restore_nets.models.mefc import FeatureCompensator
+from restore_nets.models.options import UShapeOptions, check_flag
+
+
+class DRSformer(UShape):
+    """DRSformer, a U-shaped transformer of top-k sparse attention.
+
+    Source: Chen et al., "Learning A Sparse Transformer Network for Effective Image Deraining", CVPR 2023.
+    Published checkpoints load unchanged. The default has 33,655,424 parameters.
+
+    Args:
+        dim, num_blocks, heads, ffn_expansion, bias, norm: see ``UShapeOptions``.
+        mefc: with the mixture-of-experts feature compensators. Without them (32,610,304 parameters)
+            it is the variant published for Rain200L and SPA-Data.
+
+    Shape: (B, 3, H, W) -> (B, 3, H, W), any size; values in [0, 1].
+    """
+
+    def __init__(
+        self, *,
+        dim: int = 48, num_blocks: Sequence[int] = (4, 6, 6, 8), heads: Sequence[int] = (1, 2, 4, 8),
+        ffn_expansion: float = 2.66, bias: bool = False, norm: str = "WithBias", mefc: bool = True,
+    ) -> None:  # fmt: skip
+        options = UShapeOptions(dim, num_blocks, heads, ffn_expansion, bias, norm)
+        check_flag("mefc", mefc)
+
+        def block(dim: int, heads: int) -> nn.Module:
+            attention = TopKSparseAttention(dim, heads, bias)
+            return TransformerBlock(dim, norm, attention, MixedScaleFeedForward(dim, ffn_expansion, bias))
+
+        super().__init__(options, block, FeatureCompensator if mefc else nn.Identity)
+
+
+class MixedScaleFeedForward(nn.Module):
+    """MSFN: two depthwise convolutions, 3x3 and 5x5, that exchange half of their features and repeat.
+
+    Args:
+        dim: channels of the image.
+        ffn_expansion: int(dim * ffn_expansion) = h channels in every half.
+        bias: whether the convolutions have a bias.
+
+    Shape: (B, dim, H, W) -> (B, dim, H, W).
+    """
+
+    def __init__(self, dim: int, ffn_expansion: float, bias: bool) -> None:
+        super().__init__()
+        hidden = int(dim * ffn_expansion)
+
+        def grouped(size: int, inputs: int, outputs: int, groups: int) -> nn.Conv2d:
+            return nn.Conv2d(inputs, outputs, size, padding=size // 2, groups=groups, bias=bias)
+
+        self.project_in = nn.Conv2d(dim, 2 * hidden, 1, bias=bias)
+        self.dwconv3x3 = grouped(3, 2 * hidden, 2 * hidden, groups=2 * hidden)
+        self.dwconv5x5 = grouped(5, 2 * hidden, 2 * hidden, groups=2 * hidden)
+        self.dwconv3x3_1 = grouped(3, 2 * hidden, hidden, groups=hidden)
+        self.dwconv5x5_1 = grouped(5, 2 * hidden, hidden, groups=hidden)
+        self.project_out = nn.Conv2d(2 * hidden, dim, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.project_in(x)
+        first3, second3 = torch.relu(self.dwconv3x3(x)).chunk(2, dim=1)
+        first5, second5 = torch.relu(self.dwconv5x5(x)).chunk(2, dim=1)
+        fine = torch.relu(self.dwconv3x3_1(torch.cat((first3, first5), dim=1)))
+        coarse = torch.relu(self.dwconv5x5_1(torch.cat((second3, second5), dim=1)))
+        return self.project_out(torch.cat((fine, coarse), dim=1))

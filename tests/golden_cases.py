@@ -1,0 +1,91 @@
+"""Rebuilds the golden cases of ``tests/golden``; ``README.md`` there says how they are defined."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+FOLDER = Path(__file__).parent / "golden"
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a module computes from a case; the gradients are those of sum_i (out_i * cotangent_i).sum()."""
+
+    outputs: list[Tensor]
+    input_gradients: list[Tensor]
+    parameter_gradient_norms: dict[str, float]
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """One case: the module's options and parameters, what goes in, and what comes out."""
+
+    name: str
+    config: dict[str, Any]
+    parameters: dict[str, Tensor]
+    inputs: list[Tensor]
+    cotangents: list[Tensor]
+    expected: Results
+
+
+def load(name: str) -> GoldenCase:
+    case = json.loads((FOLDER / f"{name}.json").read_text())
+    if case["frozen"] or case["buffers"] or case["shared_parameters"]:
+        raise NotImplementedError(f"{name} has frozen or shared parameters or buffers")
+    with np.load(FOLDER / f"{name}.npz") as arrays:
+        expected = Results(
+            outputs=[torch.from_numpy(arrays[f"out{i}"]) for i in range(len(case["outputs"]))],
+            input_gradients=[torch.from_numpy(arrays[f"grad_input{i}"]) for i in range(len(case["inputs"]))],
+            parameter_gradient_norms=case["parameter_gradient_norms"],
+        )
+    return GoldenCase(
+        name=name,
+        config=case["config"],
+        parameters={key: parameter(key, shape) for key, shape in case["parameters"].items()},
+        inputs=[
+            uniform(f"{name}/input{i}", shape, *case["input_range"]) for i, shape in enumerate(case["inputs"])
+        ],
+        cotangents=[uniform(f"{name}/cotangent{i}", shape) for i, shape in enumerate(case["outputs"])],
+        expected=expected,
+    )
+
+
+def uniform(seed: str, shape: Sequence[int], low: float = -1.0, high: float = 1.0) -> Tensor:
+    state = np.random.RandomState(zlib.crc32(seed.encode()))
+    return torch.from_numpy(state.uniform(low, high, size=shape))
+
+
+def parameter(name: str, shape: Sequence[int]) -> Tensor:
+    """The value of the parameter of this name."""
+    block = uniform(name, shape)
+    leaf = name.rpartition(".")[2]
+    if len(shape) >= 2 and leaf != "temperature":
+        return block * (1 / math.prod(shape[1:])) ** 0.5
+    return 0.1 * block if leaf == "bias" else 0.5 + 0.25 * block
+
+
+def results(case: GoldenCase, module: nn.Module, dtype: torch.dtype) -> Results:
+    """What a copy of the module in this dtype computes from the case's inputs and cotangents."""
+    module = copy.deepcopy(module).to(dtype)
+    inputs = [x.detach().to(dtype).requires_grad_() for x in case.inputs]
+    result = module(*inputs)
+    outputs = [result] if isinstance(result, Tensor) else list(result)
+    torch.autograd.backward(outputs, [x.to(dtype) for x in case.cotangents])
+    norms = {name: torch.linalg.vector_norm(p.grad).item() for name, p in module.named_parameters()}
+    return Results([out.detach() for out in outputs], [x.grad for x in inputs], norms)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """The largest deviation as a share of the largest wanted value."""
+    return ((got.double() - want).abs().max() / want.abs().max()).item()
