@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import conformance
@@ -56,54 +57,72 @@ def run(case: Case, backend: str, args: tuple) -> tuple[tuple[Tensor, ...], tupl
     return tuple(saved), (*args[:-2], *saved, *args[-2:])
 
 
-@each(CASES, FUSED)
-def test_saved_tensors(backend, case):
-    problem = build(case)
-    args = arguments(problem)
-    working = torch.float64 if case.dtype == torch.float64 else torch.float32
-    saved, _ = run(case, backend, args)
-    model = contract.channel if case.layout == "channel" else contract.token
-    names = ["similarity", "norms"] if case.layout == "channel" else ["threshold", "last_tie", "log_sum_exp"]
-    exact = dict(zip(names, model(*in_dtype(torch.float64, args))[1:], strict=True))
-    result = dict(zip(names, saved, strict=True))
-    if case.layout == "token":
-        assert result["last_tie"].dtype == torch.int32
-        last_tie, decided = exact.pop("last_tie"), decided_rows(problem)
-        assert torch.equal(result.pop("last_tie")[decided], last_tie[decided])
-    yardstick = dict(zip(names, model(*in_dtype(torch.float32, args))[1:], strict=True))
-    terms = contract.normalized_product(args[0].double().abs(), args[1].double().abs(), case.normalize)[0]
+def judge_saved(names: list[str], saved: tuple, model: Callable, args: tuple) -> None:
+    """Holds what a forward operator saved against the contract; scores are the terms it is made of."""
+    working = torch.float64 if args[0].dtype == torch.float64 else torch.float32
+    result, exact, yardstick = (
+        {name: x for name, x in zip(names, values, strict=True) if x.is_floating_point()}
+        for values in (
+            saved,
+            *(model(*in_dtype(dtype, args))[1:] for dtype in (torch.float64, torch.float32)),
+        )
+    )
+    terms = contract.normalized_product(args[0].double().abs(), args[1].double().abs(), args[-1])[0]
     largest = (terms * args[3].double().abs()[..., None, None]).amax().clamp_min(1)
     for name, x in result.items():
         assert (x.shape, x.dtype) == (exact[name].shape, working), name
-        judge({name: x}, {name: yardstick[name]}, {name: exact[name]}, {name: largest})
+    judge(result, yardstick, exact, dict.fromkeys(result, largest))
 
 
-@each([replace(TOKEN, dtype=dtype, shape=(1, 2, 13, 23, 16, 6), topk=(1, 5, 22), weights=(1, 2, 3),
+@each([case for case in CASES if case.layout == "channel"], FUSED)
+def test_saved_by_the_channel_layout(backend, case):
+    args = arguments(build(case))
+    saved, _ = run(case, backend, args)
+    judge_saved(["similarity", "norms"], saved, contract.channel, args)
+
+
+@each([replace(case, topk=(1, 5, 11)) for case in CASES if case.layout == "token"], FUSED)
+def test_saved_by_the_token_layout(backend, case):
+    problem = build(case)
+    args = arguments(problem)
+    saved, _ = run(case, backend, args)
+    judge_saved(["threshold", "last_tie", "log_sum_exp"], saved, contract.token, args)
+    decided, exact_last_tie = decided_rows(problem), contract.token(*in_dtype(torch.float64, args))[2]
+    assert saved[1].dtype == torch.int32
+    assert torch.equal(saved[1][decided], exact_last_tie[decided])
+
+
+@each([replace(TOKEN, dtype=dtype, shape=(1, 2, 13, 23, 16, 6), topk=(1, 5, 22, 23), weights=(1, 2, 4),
                temperature=(1, 2, 1, 1)) for dtype in ALL_DTYPES], FUSED)  # fmt: skip
 def test_saved_selection_is_exact_among_ties(backend, case):
+    """A score is kept if it is above the threshold, or at it and no later than last_tie."""
     problem = build(case)
     generator = torch.Generator().manual_seed(0)
     for name in "qk":
         x = problem.tensors[name]
         x.copy_(torch.randint(2, x.shape, generator=generator) * 2 - 1)
     problem.tensors["temperature"].copy_(torch.tensor([2.0, -0.5])[None, :, None, None])
-    (threshold, last_tie, _), _ = run(case, backend, arguments(problem))
-    _, exact_threshold, exact_last_tie, _ = contract.token(*in_dtype(torch.float64, arguments(problem)))
-    assert torch.equal(threshold.double(), exact_threshold)
-    assert torch.equal(last_tie, exact_last_tie)
+    args = arguments(problem)
+    (threshold, last_tie, _), _ = run(case, backend, args)
+    q, k = args[0].double(), args[1].double()
+    scores = args[3].double()[..., None, None] * contract.normalized_product(q, k, case.normalize)[0]
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    for j, count in enumerate(case.topk):
+        least, last = threshold[..., j, None].double(), last_tie[..., j, None]
+        kept = (scores > least) | ((scores == least) & (index <= last))
+        assert torch.equal(kept, contract.kept_entries(scores, count)), f"branch {j}"
 
 
-@each(CASES, FUSED)
-def test_backward_reads_what_any_backend_saved(backend, case):
-    """The backward operator by itself, on tensors saved as ``ops.py`` describes them."""
+@each([case for case in CASES if case.layout == "channel"], FUSED)
+def test_channel_backward_reads_what_any_backend_saved(backend, case):
+    """The backward operator by itself. (The token layout's thresholds are the saving backend's own.)"""
     problem = build(case)
     args = arguments(problem)
-    forward = contract.channel if case.layout == "channel" else contract.token
-    saved = [x.clone() for x in forward(*args)[1:]]
-    op = overload(f"topk_attention_{case.layout}_backward", backend)
+    saved = contract.channel(*args)[1:]
+    op = overload("topk_attention_channel_backward", backend)
     grads = op(problem.grad_out, *args[:-2], *saved, *args[-2:])
     names = ["q", "k", "v", "temperature", "weights", "out_proj"]
-    result = {f"grad_{name}": x for name, x in zip(names, grads, strict=False) if name in problem.tensors}
+    result = {f"grad_{name}": x for name, x in zip(names, grads, strict=True) if name in problem.tensors}
     result["grad_temperature"] = result["grad_temperature"][..., None, None]
     if case.out_proj is not None:
         result["grad_out_proj"] = result["grad_out_proj"].to(case.dtype)

@@ -205,15 +205,20 @@ def decided_rows(problem: Problem) -> Tensor:
 
 
 def with_magnitudes(problem: Problem) -> Problem:
-    """The problem with the size of the terms of each result: its sums over absolute values."""
+    """The problem with the size of the terms of each result: its sums over absolute values.
+
+    Rounding a score s, or the logarithm of the sum of a row's exponentials, by one part in 2^24
+    changes the probability by |s| parts in 2^24, so probabilities count |s| + 1 times.
+    """
     x = _products(problem)
     given = problem.tensors
     v, grad = given["v"].double().abs(), problem.grad_out.double().abs()
     weights = given.get("weights", torch.full((1,), 1 / len(x.topk), device=v.device)).double().abs()
     weights = weights.expand(*v.shape[:2], len(x.topk))
-    branches = branch_probabilities(x.scores, x.topk)  # (J, B, H, R, K)
     unit_q, unit_k, temperature = x.unit_q.abs(), x.unit_k.abs(), x.temperature.abs()[..., None, None]
     similarity = unit_q @ unit_k.mT
+    largest_score = (temperature * similarity).amax(-1, keepdim=True)
+    branches = branch_probabilities(x.scores, x.topk) * (largest_score + 1)  # (J, B, H, R, K)
 
     mixture = torch.einsum("bhj,jbhrk->bhrk", weights, branches)
     out, sizes = mixture @ v, {}

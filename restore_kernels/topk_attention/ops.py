@@ -17,7 +17,9 @@ Channel layout: q, k, v (B, H, C, N). Saved for backward, both in the accumulati
 Token layout: q (B, H, N, D), k (B, H, M, D), v (B, H, M, E). Saved for backward, for every row and
 branch, so that backward repeats the selection by comparing instead of sorting:
     threshold (B, H, N, J): the smallest kept score; last_tie (B, H, N, J), int32: the last kept
-    index among scores equal to it; log_sum_exp (B, H, N, J): of the kept scores.
+    index among scores equal to it (a dense branch: any pair that keeps the whole row);
+    log_sum_exp (B, H, N, J): of the kept scores. Scores compare bit for bit with those that the same
+    backend computes again.
 """
 
 from __future__ import annotations
