@@ -45,7 +45,7 @@ TOKENS = (  # queries, keys, length of q and k, length of v
 )  # fmt: skip
 
 
-def _sizes() -> Iterable[Case]:
+def sizes() -> Iterable[Case]:
     for i, (channels, pixels) in enumerate(product(CHANNELS, PIXELS)):
         for dtype in (torch.float32, _turn((torch.bfloat16, torch.float64, torch.float16), i)):
             batch, heads = _turn(((1, 1), (2, 3), (1, 2), (3, 1)), i)
@@ -77,7 +77,7 @@ def _memory() -> Iterable[Case]:
             yield Case(layout, shapes[layout], (3, None), dtype, arrangements=mixed, grad="one_value")
 
 
-def _branches() -> Iterable[Case]:
+def branches() -> Iterable[Case]:
     for (name, topk), layout, normalize in product(BRANCHES.items(), LAYOUTS, (True, False)):
         shape = (1, 2, 15, 40) if layout == "channel" else (1, 2, 20, 15, 8, 8)
         dtype = _turn(ALL_DTYPES, len(name), normalize)
@@ -108,7 +108,7 @@ def test_backend_runs_here(backend):
     check_runs(EXPLANATION, backend)
 
 
-@each(_sizes())
+@each(sizes())
 def test_sizes(backend, case):
     assert_conforms(build(case), backend)
 
@@ -118,7 +118,7 @@ def test_memory_layouts(backend, case):
     assert_conforms(build(case), backend)
 
 
-@each(_branches())
+@each(branches())
 def test_branches(backend, case):
     assert_conforms(build(case), backend)
 
