@@ -50,8 +50,7 @@ inline __attribute__((always_inline)) void micro_kernel(
   };
   Vec sum[rows][vectors];
   for (int i = 0; i < rows; ++i)
-    for (int v = 0; v < vectors; ++v)
-      sum[i][v] = accumulate ? load(c.data + i * c.row, v) : Vec(T(0));
+    for (int v = 0; v < vectors; ++v) sum[i][v] = Vec(T(0));
   const T* b_row = b.data;
   const T* a_column = a.data;
   for (int64_t k = 0; k < depth; ++k, b_row += b.row, a_column += a.col) {
@@ -65,6 +64,8 @@ inline __attribute__((always_inline)) void micro_kernel(
   for (int i = 0; i < rows; ++i)
     for (int v = 0; v < vectors; ++v) {
       T* p = c.data + i * c.row + v * Vec::size();
+      // Added at the end, not started from: long sums are then sums of short ones, which round less.
+      if (accumulate) sum[i][v] = load(c.data + i * c.row, v) + sum[i][v];
       if (v + 1 < vectors || full) sum[i][v].store(p);
       else sum[i][v].store(p, last);
     }

@@ -297,7 +297,7 @@ class BackwardRow {
   }
 
   // Dense: grad (M), the gradient of the mixture, becomes that of the scores; scores become the mixture.
-  void dense(T* scores, T* grad, T* mixture, int64_t b, int64_t h, T* grad_weights) {
+  void dense(T* scores, T* grad, T* mixture, int64_t b, int64_t h, double* grad_weights) {
     run(scores, grad, mixture, p_.keys, b, h, grad_weights, [](int64_t i) { return static_cast<int32_t>(i); });
     std::copy_n(mixture, p_.keys, scores);
   }
@@ -305,7 +305,7 @@ class BackwardRow {
   // Sparse: the same for the kept entries alone. grad_of(index) gives the gradient of the mixture there,
   // use(index, mixture, gradient of the score) takes the results.
   template <typename Grad, typename Use>
-  void sparse(const T* scores, int64_t b, int64_t h, T* grad_weights, Grad grad_of, Use use) {
+  void sparse(const T* scores, int64_t b, int64_t h, double* grad_weights, Grad grad_of, Use use) {
     const int64_t j = p_.sparse[0];
     int64_t count = 0;
     scan_above<false>(scores, p_.keys, threshold_[j], [&](int64_t index) {
@@ -325,7 +325,7 @@ class BackwardRow {
 
   // Over `count` scores: mixture = sum_j w_j p_j; grad = sum_j w_j p_j (grad - sum p_j grad).
   template <typename Index>
-  void run(const T* scores, T* grad, T* mixture, int64_t count, int64_t b, int64_t h, T* grad_weights, Index index_of) {
+  void run(const T* scores, T* grad, T* mixture, int64_t count, int64_t b, int64_t h, double* grad_weights, Index index_of) {
     T* sum = grad_scores(count);
     std::fill_n(sum, count, T(0));
     std::fill_n(mixture, count, T(0));
@@ -370,8 +370,9 @@ class BackwardRow {
 // Where a task of backward puts its shares.
 template <typename T>
 struct Gradients {
-  T *keys, *values;              // M x D (of k̂) and M x E
-  T *temperature, *weights;      // 1 and J
+  T *keys, *values;  // M x D (of k̂) and M x E
+  // 1 and J; sums over every query, of terms that cancel, so in float64.
+  double *temperature, *weights;
 };
 
 template <typename S, typename T>
@@ -511,7 +512,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Problem<T>& p,
       if (new_head) state.load(k, v, b, h);
       T *dk = shares.get() + task * share_size, *dv = dk + p.keys * p.depth, *rest = dv + p.keys * p.width;
       std::fill_n(dk, share_size, T(0));
-      state.run(grad_out, q, grad_q, threshold, last_tie, log_sum_exp, b, h, first, stop, {dk, dv, rest, rest + 1});
+      std::vector<double> scalars(1 + p.branches);
+      state.run(grad_out, q, grad_q, threshold, last_tie, log_sum_exp, b, h, first, stop,
+                {dk, dv, scalars.data(), scalars.data() + 1});
+      std::copy(scalars.begin(), scalars.end(), rest);
     });
   });
   finish_keys<S, T>(p, shares.get(), share_size, k, grad_k, grad_v, grad_temperature, grad_weights);

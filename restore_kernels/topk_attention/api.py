@@ -70,7 +70,7 @@ def topk_attention(
     if not isinstance(temperature, Tensor):
         temperature = torch.full((1, 1), temperature, dtype=dtype, device=q.device)
     weights = weights.to(dtype).expand(batch, heads, len(counts))
-    temperature = temperature.to(dtype).expand(batch, heads, 1, 1)[..., 0, 0]
+    temperature = temperature.to(dtype).expand(batch, heads, 1, 1).squeeze(-1).squeeze(-1)
 
     with checks.no_autocast(q.device.type):
         if layout == "channel":

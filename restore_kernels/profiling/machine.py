@@ -1,0 +1,65 @@
+"""What the machine can do at the most, and how much memory a call takes."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from restore_kernels.profiling.measure import interleave
+
+
+def ceilings(device: str, dtype: torch.dtype, seconds: float = 2.0) -> dict[str, float]:
+    """Measured copy bandwidth (bytes read plus written, per second) and matrix FLOP/s in this dtype."""
+    gpu = torch.device(device).type == "cuda"
+    source = torch.randn((1 << 30) if gpu else (1 << 26), device=device)
+    target = torch.empty_like(source)
+    size = 8192 if gpu else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    timings = interleave(
+        {"copy": lambda: target.copy_(source), "product": lambda: a @ b}, seconds=seconds, device=device
+    )
+    return {
+        "copy_bytes_per_second": 2 * source.nbytes / timings["copy"].p20,
+        "flops_per_second": 2 * size**3 / timings["product"].p20,
+    }
+
+
+def processor_name() -> str:
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return match.group(1).strip() if match else "unknown"
+
+
+def peak_extra_memory(call: Callable[[], object], device: str) -> int | None:
+    """Bytes that one call holds at its peak beyond what is held before it; what it returns counts too.
+
+    On the CPU this is resident memory, so the first call in a process is the one to trust: later calls
+    reuse what the allocator kept. None where the system does not tell.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = _status_bytes("VmRSS")
+        call()
+        return _status_bytes("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _status_bytes(field: str) -> int:
+    match = re.search(rf"^{field}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if match is None:
+        raise OSError(f"/proc/self/status has no {field}")
+    return int(match.group(1)) * 1024

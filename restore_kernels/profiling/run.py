@@ -1,0 +1,179 @@
+"""Runs cases: correctness first, then time and memory against the published computation.
+
+``python -m restore_kernels.profiling.run --device cpu --out benchmarks/results`` writes one results
+file, named after the processor, which the tables of the README are made from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from restore_kernels.backends import explain
+from restore_kernels.info import info
+from restore_kernels.profiling.baselines import published_topk_attention
+from restore_kernels.profiling.cases import CPU_CASES, GPU_CASES, TopKCase
+from restore_kernels.profiling.machine import ceilings, peak_extra_memory, processor_name
+from restore_kernels.profiling.measure import interleave
+from restore_kernels.topk_attention import topk_attention
+
+CASES = {"cpu": CPU_CASES, "cuda": GPU_CASES}
+BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# How far a backend may be from the float64 result, in units of the published computation's own distance
+# in the same dtype; and a floor in units of the dtype's precision, for results that happen to be exact.
+ERROR_RATIO, ERROR_FLOOR = 4.0, 8.0
+
+
+def runnable_backends(case: TopKCase, device: str, dtype: torch.dtype) -> list[str]:
+    x = case.inputs(dtype, device)
+    why_not = explain(topk_attention, x.q, x.k, x.v, case.topk, layout=case.layout).why_not
+    return [name for name in BACKENDS[device] if why_not[name] is None]
+
+
+def relative_errors(results: list[Tensor], truth: list[Tensor]) -> list[float]:
+    return [
+        float((r.detach().double() - t.detach()).norm() / t.detach().norm().clamp(min=1e-30)) for r, t in zip(results, truth, strict=True)
+    ]
+
+
+def wrong(case: TopKCase, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why the backend's output or a gradient is not right, or None."""
+    x = case.inputs(dtype, device, seed=1)
+    leaves = [leaf.detach().double().requires_grad_() for leaf in x.leaves]
+    exact = dataclasses.replace(
+        x, q=leaves[0], k=leaves[1], v=leaves[2], weights=leaves[3], temperature=leaves[4],
+        grad_out=x.grad_out.double(),
+    )  # fmt: skip
+    truth = exact.gradients(lambda: case.ours(exact, "eager"))
+    eager = relative_errors(x.gradients(lambda: case.ours(x, "eager")), truth)
+    ours = relative_errors(x.gradients(lambda: case.ours(x, backend)), truth)
+    floor = ERROR_FLOOR * torch.finfo(dtype).eps
+    names = ("out", "grad q", "grad k", "grad v", "grad weights", "grad temperature")
+    for name, error, allowed in zip(names, ours, eager, strict=True):
+        if not error <= max(ERROR_RATIO * allowed, floor):
+            return f"{name}: relative error {error:.1e}, eager's own is {allowed:.1e}"
+    return None
+
+
+def measure(case: TopKCase, device: str, dtype: torch.dtype, seconds: float, compiled: bool) -> dict[str, Any]:
+    """One row of the results: every alternative's time, and what it means against the ceilings."""
+    x = case.inputs(dtype, device)
+    row: dict[str, Any] = {
+        "case": case.name, "dtype": str(dtype).removeprefix("torch."), "pass": "forward and backward",
+        "flops": case.flops, "bytes": case.elements * x.q.element_size(), "alternatives": {}, "wrong": {},
+    }  # fmt: skip
+    calls = {"eager": lambda: x.training_step(lambda: case.published(x))}
+    if compiled:
+        function = torch.compile(published_topk_attention)
+        calls["torch.compile"] = lambda: x.training_step(lambda: case.published(x, function))
+    for backend in runnable_backends(case, device, dtype):
+        reason = wrong(case, backend, device, dtype)
+        if reason is not None:  # no speed for a wrong result
+            row["wrong"][backend] = reason
+            continue
+        calls[backend] = lambda backend=backend: x.training_step(lambda: case.ours(x, backend))
+    for name, timing in interleave(calls, seconds=seconds, device=device).items():
+        row["alternatives"][name] = dataclasses.asdict(timing)
+    for name, call in calls.items():
+        if device == "cuda":
+            row["alternatives"][name]["peak_extra_bytes"] = peak_extra_memory(call, device)
+    return row
+
+
+def cpu_memory(index: int, backend: str) -> int | None:
+    """Peak extra memory of a case's first forward and backward, in a process of its own."""
+    script = (
+        "from restore_kernels.profiling.run import first_step_memory; "
+        f"print(first_step_memory({index}, {backend!r}))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return None if run.stdout.strip() == "None" else int(run.stdout)
+
+
+def first_step_memory(index: int, backend: str) -> int | None:
+    torch.set_num_threads(2)
+    case = CPU_CASES[index]
+    small = dataclasses.replace(case, shape=(*case.shape[:3], 64) if case.layout == "channel" else (1, 1, 128, 8))
+    steps = []
+    for each in (small, case):  # the small one loads libraries and starts threads
+        x = each.inputs(torch.float32, "cpu")
+        forward = (
+            (lambda each=each, x=x: each.published(x))
+            if backend == "eager"
+            else (lambda each=each, x=x: each.ours(x, backend))
+        )
+        steps.append(lambda x=x, forward=forward: x.training_step(forward))
+    steps[0]()
+    return peak_extra_memory(steps[1], "cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: float32, on a GPU bfloat16 too")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--seconds", type=float, default=3.0, help="measuring time per case")
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile of the baseline")
+    parser.add_argument("--out", type=Path, help="folder for the results file; without it only a table is printed")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    device = args.device
+    names = args.dtype or (["bfloat16", "float32"] if device == "cuda" else ["float32"])
+    results: dict[str, Any] = {"machine": {**info(), "processor": processor_name()}, "ceilings": {}, "cases": []}
+    for name in names:
+        limits = results["ceilings"][name] = ceilings(device, DTYPES[name])
+        print(f"{name}: copies {limits['copy_bytes_per_second'] / 1e9:.1f} GB/s, "
+              f"multiplies {limits['flops_per_second'] / 1e9:.0f} GFLOP/s")  # fmt: skip
+        for index, case in enumerate(CASES[device]):
+            row = measure(case, device, DTYPES[name], args.seconds, args.compile)
+            if device == "cpu" and name == "float32":
+                for alternative, entry in row["alternatives"].items():
+                    if alternative != "torch.compile":
+                        entry["peak_extra_bytes"] = cpu_memory(index, alternative)
+            results["cases"].append(row)
+            print(describe(row, limits), flush=True)
+    if args.out:
+        save(results, args.out)
+
+
+def describe(row: dict[str, Any], limits: dict[str, float]) -> str:
+    baseline = row["alternatives"]["eager"]["median"]
+    lines = [f"{row['case']} {row['dtype']}"]
+    for name, entry in row["alternatives"].items():
+        seconds, extra = entry["median"], entry.get("peak_extra_bytes")
+        lines.append(
+            f"  {name:<14}{seconds * 1e3:9.3f} ms ({entry['p20'] * 1e3:.3f} to {entry['p80'] * 1e3:.3f})"
+            f"{baseline / seconds:7.1f}x"
+            f"  {row['flops'] / seconds / limits['flops_per_second']:5.0%} of FLOP/s"
+            f"  {row['bytes'] / seconds / limits['copy_bytes_per_second']:5.0%} of bandwidth"
+            + ("" if extra is None else f"  {extra / 2**20:8.1f} MiB")
+        )
+    lines += [f"  {name:<14}WRONG, no speed: {reason}" for name, reason in row["wrong"].items()]
+    return "\n".join(lines)
+
+
+def save(results: dict[str, Any], folder: Path) -> None:
+    machine = results["machine"]
+    name = re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or machine["processor"]).lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name}.json"
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(temporary, folder / f"{name}.json")
+    print(f"wrote {folder / f'{name}.json'}")
+
+
+if __name__ == "__main__":
+    main()
