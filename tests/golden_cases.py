@@ -82,7 +82,7 @@ def results(case: GoldenCase, module: nn.Module, dtype: torch.dtype) -> Results:
     result = module(*inputs)
     outputs = [result] if isinstance(result, Tensor) else list(result)
     torch.autograd.backward(outputs, [x.to(dtype) for x in case.cotangents])
-    norms = {name: torch.linalg.vector_norm(p.grad).item() for name, p in module.named_parameters()}
+    norms = {name: p.grad.double().norm().item() for name, p in module.named_parameters()}
     return Results([out.detach() for out in outputs], [x.grad for x in inputs], norms)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -217,7 +218,8 @@ def _check_opens(path: Path) -> None:
 
 def _read_torch(path: Path) -> Any:
     """What a file of torch.save holds, if that is nothing but tensors and plain containers."""
-    with path.open("rb") as file:
+    with path.open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the pickles of other programs, which are then refused
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged or hostile file can trip the unpickler in any way

@@ -18,7 +18,8 @@ class DDSANet(UShape):
 
     Source: arXiv 2308.07781, "Learning Image Deraining Transformer Network with Dynamic Dual
     Self-Attention". No code or weights are published; details that the paper leaves open are our
-    reading (see ``DynamicDualAttention`` and ``SpatialFeedForward``).
+    reading (see ``DynamicDualAttention`` and ``SpatialFeedForward``). The state dict has the keys of
+    DRSformer, apart from ``attn.*`` and ``ffn.*`` within the blocks, which are those of these two.
 
     Args:
         dim, num_blocks, heads, ffn_expansion, bias, norm: see ``UShapeOptions``.

@@ -1,0 +1,255 @@
+"""The networks by name: options, sizes, dtypes, formats, compilation, and that they learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import restore_kernels
+from restore_nets import create_model, list_models
+from restore_nets.models.blocks import ChannelNorm, reflect
+from restore_nets.models.ddsa import SpatialFeedForward
+
+SMALL = {"dim": 8, "num_blocks": (1, 1, 1, 1), "heads": (1, 1, 2, 4)}
+NETWORKS = {
+    "drsformer": {"name": "drsformer", **SMALL},
+    "drsformer without mefc": {"name": "drsformer", **SMALL, "mefc": False, "bias": True, "norm": "BiasFree"},
+    "ddsa": {"name": "ddsa", **SMALL},
+    "ddsa token": {"name": "ddsa", **SMALL, "layout": "token", "window_size": 4, "bias": True},
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return create_model(**NETWORKS[request.param]).eval()
+
+
+@pytest.fixture(autouse=True)
+def eager():
+    with restore_kernels.use_backend("eager"):
+        yield
+
+
+def image(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def test_list_models():
+    assert list_models() == ["ddsa", "drsformer"]
+
+
+@pytest.mark.parametrize(("options", "parameters"), [({}, 33_655_424), ({"mefc": False}, 32_610_304)])
+def test_drsformer_has_the_published_size(options, parameters):
+    with torch.device("meta"):
+        model = create_model("drsformer", **options)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"name": "drsfomer"},
+            ValueError,
+            "name must be one of ddsa, drsformer; got 'drsfomer', did you mean",
+        ),
+        ({"name": "resnet"}, ValueError, "name must be one of ddsa, drsformer; got 'resnet'$"),
+        ({"head": 1}, TypeError, "options dim, .*; got 'head', did you mean heads"),
+        ({"topk_ratio": 0.5}, TypeError, "drsformer has the options .*; got 'topk_ratio'"),
+        ({"dim": 8.0}, TypeError, r"dim must be an integer; got 8\.0"),
+        ({"dim": 0}, ValueError, "dim must be at least 1; got 0"),
+        ({"dim": 7}, ValueError, "dim must be even; got 7"),
+        ({"num_blocks": 4}, TypeError, "num_blocks must be a sequence of 4 integers; got 4"),
+        ({"num_blocks": "4668"}, TypeError, "num_blocks must be a sequence of 4 integers"),
+        ({"num_blocks": (4, 6, 6)}, ValueError, "num_blocks must have 4 entries, one per level; got 3"),
+        ({"num_blocks": (4, 6, 6, 0)}, ValueError, r"num_blocks\[3\] must be at least 1; got 0"),
+        ({"heads": (1, 2, 4, True)}, TypeError, r"heads\[3\] must be an integer; got True"),
+        ({"heads": (1, 5, 4, 8)}, ValueError, r"heads\[1\] must divide its level's width, 96; got 5"),
+        ({"ffn_expansion": "2"}, TypeError, "ffn_expansion must be a number; got '2'"),
+        ({"ffn_expansion": -1}, ValueError, "ffn_expansion must be positive and finite; got -1"),
+        ({"ffn_expansion": 0.01}, ValueError, "ffn_expansion must give at least 1 hidden channel"),
+        ({"bias": 1}, TypeError, "bias must be True or False; got 1"),
+        ({"norm": "withbias"}, ValueError, "norm must be one of WithBias, BiasFree.* did you mean WithBias"),
+        ({"mefc": None}, TypeError, "mefc must be True or False; got None"),
+        ({"name": "ddsa", "topk_ratio": 1.5}, ValueError, r"topk_ratio must be in \(0, 1\]; got 1.5"),
+        ({"name": "ddsa", "topk_ratio": "1"}, TypeError, "topk_ratio must be a number; got '1'"),
+        ({"name": "ddsa", "layout": "tokens"}, ValueError, "layout must be one of .*, did you mean token"),
+        ({"name": "ddsa", "window_size": 0}, ValueError, "window_size must be at least 1; got 0"),
+    ],
+    ids=str,
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message) as raised:
+        create_model(**{"name": "drsformer", **options})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 8, 8), (1, 4, 8, 8), (1, 3, 0, 8), (0, 3, 8, 8)],
+    ids=lambda shape: "x".join(map(str, shape)),
+)
+def test_bad_input(network, shape):
+    with pytest.raises(ValueError, match=r"x must have shape \(B, 3, H, W\), not empty; got"):
+        network(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 9), (3, 2), (13, 17), (24, 7)], ids=lambda size: "x".join(map(str, size))
+)
+def test_any_size_is_the_reflected_image_cropped(network, size):
+    x = image(2, 3, *size, dtype=torch.float64)
+    padded = F.pad(x, (0, -size[1] % 8, 0, -size[0] % 8), mode="replicate")
+    for row in range(padded.shape[2]):
+        for column in range(padded.shape[3]):
+            padded[:, :, row, column] = x[:, :, bounced(row, size[0]), bounced(column, size[1])]
+    network.double()
+    out = network(x)
+    assert out.shape == x.shape
+    # Convolutions of other strides may round otherwise.
+    torch.testing.assert_close(out, network(padded)[:, :, : size[0], : size[1]], rtol=0, atol=1e-12)
+
+
+def bounced(index: int, size: int) -> int:
+    """Where a ball is after index steps between the ends 0 and size - 1."""
+    if size == 1:
+        return 0
+    index %= 2 * (size - 1)
+    return min(index, 2 * (size - 1) - index)
+
+
+def test_reflect_is_reflection_padding():
+    x = image(2, 3, 5, 6)
+    assert torch.equal(reflect(reflect(x, 2, 3), 3, 2), F.pad(x, (0, 2, 0, 3), mode="reflect"))
+
+
+def test_a_batch_is_its_images(network):
+    x = image(2, 3, 16, 24, dtype=torch.float64)
+    network.double()
+    # Products of a batch may add up in another order.
+    torch.testing.assert_close(network(x), torch.cat([network(x[:1]), network(x[1:])]), rtol=0, atol=1e-12)
+
+
+def test_channels_last(network):
+    x = image(2, 3, 16, 24)
+    last = network(x.to(memory_format=torch.channels_last))
+    # Another memory format takes other convolution kernels; the output is near 1.
+    torch.testing.assert_close(last, network(x), rtol=0, atol=1e-5)
+
+
+def test_float32_is_near_float64(network):
+    x = image(1, 3, 16, 24)
+    out = network(x)
+    torch.testing.assert_close(out.double(), network.double()(x.double()), rtol=0, atol=1e-5)
+
+
+def test_autocast(network):
+    x = image(1, 3, 16, 24)
+    expected = network(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = network(x)
+        out.sum().backward()
+    assert out.dtype == torch.float32  # the image itself is not rounded
+    # The residual is a few units at most, and bfloat16 holds 8 bits of it.
+    torch.testing.assert_close(out, expected, rtol=0, atol=0.05)
+    assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_every_parameter_gets_a_gradient(network):
+    network(image(1, 3, 16, 24)).square().sum().backward()
+    without = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_compiles_as_one_graph(name):
+    network = create_model(**NETWORKS[name])
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    x = image(1, 3, 13, 16)
+    torch.testing.assert_close(compiled(x), network(x), rtol=0, atol=1e-5)
+
+
+def test_compiles_as_one_graph_with_its_backward():
+    network = create_model(**NETWORKS["ddsa"])
+    torch._dynamo.reset()
+    x = image(1, 3, 8, 8)
+    torch.compile(network, fullgraph=True, backend="aot_eager")(x).sum().backward()
+    compiled = [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    network(x).sum().backward()
+    for p, grad in zip(network.parameters(), compiled, strict=True):
+        # Fused derivatives round otherwise; relative to the largest entry.
+        assert (p.grad - grad).abs().max() <= 1e-4 * p.grad.abs().max()
+
+
+@pytest.mark.parametrize("name", ["drsformer", "ddsa"])
+def test_gradients_are_right(name):
+    torch.manual_seed(0)
+    options = {**NETWORKS[name], "dim": 4, "heads": (1, 1, 1, 1), "ffn_expansion": 1.0}
+    network = create_model(**options).double()
+    x = image(1, 3, 8, 8, dtype=torch.float64).requires_grad_()
+    direction = image(1, 3, 8, 8, dtype=torch.float64) - 0.5
+    cotangent = image(1, 3, 8, 8, dtype=torch.float64) - 0.3
+    (grad,) = torch.autograd.grad(network(x), x, cotangent)
+    with torch.no_grad():
+        step = 1e-6
+        difference = network(x + step * direction) - network(x - step * direction)
+    # Central differences: the error is of the order step**2 plus 1e-16 / step.
+    torch.testing.assert_close(
+        (grad * direction).sum(), (difference * cotangent).sum() / (2 * step), rtol=1e-7, atol=1e-7
+    )
+
+
+def test_bias_free_norm_divides_by_the_standard_deviation():
+    norm = ChannelNorm(6, "BiasFree")
+    assert list(norm.state_dict()) == ["weight"]
+    norm.weight.data = torch.arange(1.0, 7.0)
+    x = image(2, 6, 3, 4) + 2
+    deviation = (x.var(dim=1, correction=0, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(norm(x), x / deviation * norm.weight[:, None, None])
+    half = norm.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    # Two roundings to 8 bits: of the quotient and of its product with the weight.
+    torch.testing.assert_close(half.float(), norm.float()(x.bfloat16().float()), rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 6)], ids=lambda size: "x".join(map(str, size)))
+def test_spatial_feed_forward_takes_odd_sizes(size):
+    x = image(1, 8, *size)
+    assert SpatialFeedForward(8, 2.0, bias=False, norm="WithBias")(x).shape == x.shape
+
+
+def test_ddsa_starts_near_its_input():
+    torch.manual_seed(0)
+    x = image(1, 3, 32, 32)
+    assert (create_model("ddsa", dim=24, num_blocks=(1, 1, 1, 1))(x) - x).square().mean().sqrt() < 0.1
+
+
+@pytest.mark.parametrize("layout", ["channel", "token"])
+def test_ddsa_learns(layout):
+    torch.manual_seed(0)
+    network = create_model("ddsa", **SMALL, layout=layout)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
+    clean = image(2, 3, 32, 32) * 0.5
+    streaked = clean.clone()
+    streaked[:, :, :, ::8] += 0.4
+    losses = []
+    for _ in range(40):
+        loss = F.l1_loss(network(streaked), clean)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * F.l1_loss(streaked, clean).item(), losses
+
+
+def test_the_networks_take_the_backend_of_the_block():
+    network = create_model("ddsa", **SMALL).double()
+    with (
+        restore_kernels.use_backend("triton"),
+        pytest.raises(RuntimeError, match="backend 'triton' cannot run"),
+    ):
+        network(image(1, 3, 8, 8, dtype=torch.float64))
