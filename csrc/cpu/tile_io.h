@@ -96,14 +96,14 @@ void copy_tile(Matrix<const S> source, Matrix<T> target, int64_t rows, int64_t c
 template <typename S, bool write = false>
 class Prefetch {
  public:
-  Prefetch(Matrix<S> tile, int64_t rows, int64_t columns, int64_t lines_per_call)
+  Prefetch(Matrix<S> tile, int64_t rows, int64_t columns)
       : tile_(tile.col == 1 ? tile : tile.transposed()), rows_(tile.col == 1 ? rows : columns),
-        columns_(tile.col == 1 ? columns : rows), lines_per_call_(lines_per_call) {
+        columns_(tile.col == 1 ? columns : rows) {
     if (tile_.col != 1) rows_ = 0;  // no contiguous lines to ask for
   }
 
   void operator()() {
-    for (int64_t i = 0; i < lines_per_call_ && row_ < rows_; ++i) {
+    for (int64_t i = 0; i < kLinesPerCall && row_ < rows_; ++i) {
       __builtin_prefetch(tile_.data + row_ * tile_.row + column_, write, kIntoL2);
       column_ += kLine;
       if (column_ >= columns_) column_ = 0, ++row_;
@@ -113,8 +113,9 @@ class Prefetch {
  private:
   static constexpr int64_t kLine = 64 / sizeof(S);
   static constexpr int kIntoL2 = 2;
+  static constexpr int64_t kLinesPerCall = 20;
   Matrix<S> tile_;
-  int64_t rows_, columns_, lines_per_call_, row_ = 0, column_ = 0;
+  int64_t rows_, columns_, row_ = 0, column_ = 0;
 };
 
 // sum[i] += sum of squares of row i.

@@ -25,6 +25,7 @@
 #include <optional>
 #include <tuple>
 
+#include "image_tiles.h"
 #include "tile_gemm.h"
 #include "tile_io.h"
 #include "topk_rows.h"
@@ -37,101 +38,6 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr double kNormFloor = 1e-12;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// How the pixels are divided: chunks are tasks, tiles are what is packed at a time. Depends on shapes
-// alone, so that sums are the same for any number of threads.
-struct Division {
-  int64_t pixels, chunk, chunks, tile;
-
-  Division(int64_t pixels, int64_t rows, int64_t groups) : pixels(pixels) {
-    constexpr int64_t kTasks = 64, kSmallestChunk = 1024, kTileElements = 12288, kPanel = 48;
-    tile = std::clamp<int64_t>(kTileElements / std::max<int64_t>(rows, 1) / kPanel * kPanel, kPanel, 384);
-    const int64_t wanted = std::max<int64_t>(1, std::min(kTasks / std::max<int64_t>(groups, 1), pixels / kSmallestChunk));
-    chunk = std::max(tile, ceil_div(ceil_div(pixels, wanted), tile) * tile);
-    chunks = std::max<int64_t>(1, ceil_div(pixels, chunk));
-  }
-
-  // How many pixels the tile after the one at n has.
-  int64_t after(int64_t n) const { return std::clamp<int64_t>(pixels - n - tile, 0, tile); }
-
-  // Calls f(first pixel, count) for the tiles of a chunk.
-  template <typename F>
-  void tiles(int64_t index, F f) const {
-    const int64_t end = std::min(pixels, (index + 1) * chunk);
-    for (int64_t n = index * chunk; n < end; n += tile) f(n, std::min(tile, end - n));
-  }
-};
-
-// The channels of one or all heads of one image as the rows of a matrix with pixels as columns.
-template <typename S>
-struct Image {
-  S* data;
-  int64_t heads, channels, head_stride, channel_stride, pixel_stride;
-
-  int64_t rows() const { return heads * channels; }
-
-  // f(first row, matrix of one head's channels from pixel n on)
-  template <typename F>
-  void each_head(int64_t n, F f) const {
-    for (int64_t h = 0; h < heads; ++h)
-      f(h * channels, Matrix<S>{data + h * head_stride + n * pixel_stride, channel_stride, pixel_stride});
-  }
-};
-
-template <typename S>
-Image<S> one_head(const Tensor& x, int64_t b, int64_t h) {
-  S* data = const_cast<S*>(x.const_data_ptr<std::remove_const_t<S>>());
-  return {data + b * x.stride(0) + h * x.stride(1), 1, x.size(2), x.stride(1), x.stride(2), x.stride(3)};
-}
-
-template <typename S>
-Image<S> all_heads(const Tensor& x, int64_t b) {
-  Image<S> image = one_head<S>(x, b, 0);
-  image.heads = x.size(1);
-  return image;
-}
-
-// (B, R, N) output of the folded projection, its rows taken as the channels of one head.
-template <typename S>
-Image<S> projected(const Tensor& x, int64_t b) {
-  S* data = const_cast<S*>(x.const_data_ptr<std::remove_const_t<S>>());
-  return {data + b * x.stride(0), 1, x.size(1), 0, x.stride(1), x.stride(2)};
-}
-
-template <typename S, typename T>
-void load_rows(const Image<const S>& image, int64_t n, int64_t count, Matrix<T> tile) {
-  image.each_head(n, [&](int64_t row, Matrix<const S> source) {
-    copy_tile<S, T>(source, tile.from(row, 0), image.channels, count);
-  });
-}
-
-// Prefetches of the first head only: with several heads in a tile the products dwarf the transfers.
-template <typename S>
-Prefetch<S> prefetch(const Image<S>& image, int64_t n, int64_t count) {
-  constexpr int64_t kLinesPerCall = 20;
-  return {{image.data + n * image.pixel_stride, image.channel_stride, image.pixel_stride}, image.channels, count, kLinesPerCall};
-}
-
-template <typename S>
-Prefetch<S, true> prefetch_for_writing(const Image<S>& image, int64_t n, int64_t count) {
-  constexpr int64_t kLinesPerCall = 20;
-  return {{image.data + n * image.pixel_stride, image.channel_stride, image.pixel_stride}, image.channels, count, kLinesPerCall};
-}
-
-// Transposed: pixels become the rows of the tile.
-template <typename S, typename T>
-void load_columns(const Image<const S>& image, int64_t n, int64_t count, Matrix<T> tile) {
-  load_rows<S, T>(image, n, count, tile.transposed());
-}
-
-template <typename S, typename T>
-void store_rows(const Image<S>& image, int64_t n, int64_t count, Matrix<const T> tile) {
-  image.each_head(n, [&](int64_t row, Matrix<S> target) {
-    copy_tile<T, S>(tile.from(row, 0), target, image.channels, count);
-  });
-}
 
 // Follows the memory format of x: pixel-major where x is.
 Tensor empty_like_rows(const Tensor& x, at::IntArrayRef rows) {
