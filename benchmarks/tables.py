@@ -1,0 +1,67 @@
+"""Writes the tables of README.md from benchmarks/results/*.json; ``--check`` only compares."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+START, END = "<!-- results: python benchmarks/tables.py -->", "<!-- end of results -->"
+
+
+def tables() -> str:
+    results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))]
+    parts = [table(result) for result in results]
+    if not any(result["machine"]["gpu"] for result in results):
+        parts.append("**NVIDIA GPU**: not measured. `make gpu` measures it.")
+    return "\n\n".join(parts)
+
+
+def table(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    where = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
+    lines = [
+        f"**{where}**, torch {machine['torch']}, forward and backward, median (20th to 80th percentile):",
+        "",
+        "| case | backend | time | against eager | FLOP/s of peak | bytes/s of peak | extra memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["cases"]:
+        limits = result["ceilings"][row["dtype"]]
+        eager = row["alternatives"]["eager"]["median"]
+        for name, entry in row["alternatives"].items():
+            seconds, extra = entry["median"], entry.get("peak_extra_bytes")
+            lines.append(
+                f"| {row['case']}, {row['dtype']} | {name} "
+                f"| {seconds * 1e3:.2f} ms ({entry['p20'] * 1e3:.2f} to {entry['p80'] * 1e3:.2f}) "
+                f"| {eager / seconds:.1f}x "
+                f"| {row['flops'] / seconds / limits['flops_per_second']:.0%} "
+                f"| {row['bytes'] / seconds / limits['copy_bytes_per_second']:.0%} "
+                f"| {'not measured' if extra is None else f'{extra / 2**20:.1f} MiB'} |"
+            )
+        lines += [f"| {row['case']}, {row['dtype']} | {name} | wrong: {why} | | | | |" for name, why in row["wrong"].items()]
+    limits = [
+        f"{dtype}: copies {values['copy_bytes_per_second'] / 1e9:.0f} GB/s, "
+        f"multiplies {values['flops_per_second'] / 1e9:.0f} GFLOP/s"
+        for dtype, values in result["ceilings"].items()
+    ]
+    return "\n".join([*lines, "", f"Peaks measured in the same run: {'; '.join(limits)}."])
+
+
+def main() -> None:
+    text = README.read_text()
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    wanted = f"{before}{START}\n{tables()}\n{END}{after}"
+    if "--check" in sys.argv[1:]:
+        if wanted != text:
+            sys.exit("README.md does not show benchmarks/results: run python benchmarks/tables.py")
+    else:
+        README.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()
