@@ -11,8 +11,8 @@
 
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <cstdint>
-#include <utility>
 
 namespace restore_kernels {
 inline namespace CPU_CAPABILITY {
@@ -31,22 +31,22 @@ struct Matrix {  // element (i, j) at data[i * row + j * col]
 namespace gemm {
 
 // Accumulators, a row of B and one broadcast element fit the register file: 32 registers with
-// AVX-512 (8 x 3 would fit too, but the compiler spills it: 80 instead of 116 GFLOP/s), 16 without.
+// AVX-512, 16 without.
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int kRows = 6, kVectors = 3;
+constexpr int kRows = 8, kVectors = 3;
 #else
 constexpr int kRows = 4, kVectors = 3;
 #endif
 constexpr int kRemainder = 2;  // row blocks of 2, then single rows, finish what kRows leaves
 
-template <typename T, int rows, int vectors>
+// `full`: the last vector of a row is whole; otherwise only its first `last` elements exist. It must be
+// known at compile time: where it is not, the compiler keeps the accumulators in memory.
+template <typename T, int rows, int vectors, bool full>
 inline __attribute__((always_inline)) void micro_kernel(
     Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t depth, bool accumulate, int64_t last) {
   using Vec = at::vec::Vectorized<T>;
-  // `last`: how many elements of the last vector exist; kept apart so that full tiles have no tail code.
-  const bool full = last == Vec::size();
-  auto load = [&](const T* p, int v) {
-    return (v + 1 < vectors || full) ? Vec::loadu(p + v * Vec::size()) : Vec::loadu(p + v * Vec::size(), last);
+  auto load = [last](const T* p, int v) {
+    return (full || v + 1 < vectors) ? Vec::loadu(p + v * Vec::size()) : Vec::loadu(p + v * Vec::size(), last);
   };
   Vec sum[rows][vectors];
   for (int i = 0; i < rows; ++i)
@@ -66,23 +66,23 @@ inline __attribute__((always_inline)) void micro_kernel(
       T* p = c.data + i * c.row + v * Vec::size();
       // Added at the end, not started from: long sums are then sums of short ones, which round less.
       if (accumulate) sum[i][v] = load(c.data + i * c.row, v) + sum[i][v];
-      if (v + 1 < vectors || full) sum[i][v].store(p);
+      if (full || v + 1 < vectors) sum[i][v].store(p);
       else sum[i][v].store(p, last);
     }
 }
 
-template <typename T, int vectors, typename Idle>
+template <typename T, int vectors, bool full, typename Idle>
 void row_blocks(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t depth, bool accumulate,
                 int64_t last, Idle& idle) {
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows) {
-    micro_kernel<T, kRows, vectors>(a.from(i, 0), b, c.from(i, 0), depth, accumulate, last);
+    micro_kernel<T, kRows, vectors, full>(a.from(i, 0), b, c.from(i, 0), depth, accumulate, last);
     idle();
   }
   for (; i + kRemainder <= rows; i += kRemainder)
-    micro_kernel<T, kRemainder, vectors>(a.from(i, 0), b, c.from(i, 0), depth, accumulate, last);
+    micro_kernel<T, kRemainder, vectors, full>(a.from(i, 0), b, c.from(i, 0), depth, accumulate, last);
   for (; i < rows; ++i)
-    micro_kernel<T, 1, vectors>(a.from(i, 0), b, c.from(i, 0), depth, accumulate, last);
+    micro_kernel<T, 1, vectors, full>(a.from(i, 0), b, c.from(i, 0), depth, accumulate, last);
 }
 
 }  // namespace gemm
@@ -96,19 +96,16 @@ struct NoIdle {
 template <typename T, typename Idle = NoIdle>
 void multiply(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns, int64_t depth,
               bool accumulate, Idle&& idle = {}) {
-  constexpr int64_t width = at::vec::Vectorized<T>::size();
-  constexpr int64_t panel = gemm::kVectors * width;
-  for (int64_t j = 0; j < columns; j += panel) {
-    const int64_t left = columns - j;
-    const auto b_j = b.from(0, j);
-    const auto c_j = c.from(0, j);
-    if (left > 2 * width)
-      gemm::row_blocks<T, 3>(a, b_j, c_j, rows, depth, accumulate, left >= panel ? width : left - 2 * width,
-                             idle);
-    else if (left > width)
-      gemm::row_blocks<T, 2>(a, b_j, c_j, rows, depth, accumulate, left - width, idle);
+  constexpr int64_t width = at::vec::Vectorized<T>::size(), panel = gemm::kVectors * width;
+  int64_t j = 0;
+  for (; j + panel <= columns; j += panel)
+    gemm::row_blocks<T, gemm::kVectors, true>(a, b.from(0, j), c.from(0, j), rows, depth, accumulate, width, idle);
+  for (; j < columns; j += width) {
+    const int64_t last = std::min(width, columns - j);
+    if (last == width)
+      gemm::row_blocks<T, 1, true>(a, b.from(0, j), c.from(0, j), rows, depth, accumulate, last, idle);
     else
-      gemm::row_blocks<T, 1>(a, b_j, c_j, rows, depth, accumulate, left, idle);
+      gemm::row_blocks<T, 1, false>(a, b.from(0, j), c.from(0, j), rows, depth, accumulate, last, idle);
   }
 }
 
