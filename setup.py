@@ -56,7 +56,11 @@ def compiled_extensions():
 
 
 def has_compiler():
-    return shutil.which(os.environ.get("CXX", "c++").split()[0]) or shutil.which("g++") or shutil.which("clang++")
+    return (
+        shutil.which(os.environ.get("CXX", "c++").split()[0])
+        or shutil.which("g++")
+        or shutil.which("clang++")
+    )
 
 
 if has_compiler():

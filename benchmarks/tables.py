@@ -42,7 +42,10 @@ def table(result: dict[str, Any]) -> str:
                 f"| {row['bytes'] / seconds / limits['copy_bytes_per_second']:.0%} "
                 f"| {'not measured' if extra is None else f'{extra / 2**20:.1f} MiB'} |"
             )
-        lines += [f"| {row['case']}, {row['dtype']} | {name} | wrong: {why} | | | | |" for name, why in row["wrong"].items()]
+        lines += [
+            f"| {row['case']}, {row['dtype']} | {name} | wrong: {why} | | | | |"
+            for name, why in row["wrong"].items()
+        ]
     limits = [
         f"{dtype}: copies {values['copy_bytes_per_second'] / 1e9:.0f} GB/s, "
         f"multiplies {values['flops_per_second'] / 1e9:.0f} GFLOP/s"

@@ -68,8 +68,10 @@ class TopKSparseAttention(_ProjectedAttention):
         if channels < 2:
             raise ValueError(f"dim / heads must be at least 2; got dim={dim}, heads={heads}")
         self.topk: list[int | None] = [channels // 2, channels * 2 // 3, channels * 3 // 4, channels * 4 // 5]
-        for branch in range(1, 5):
-            self.register_parameter(f"attn{branch}", nn.Parameter(torch.full((1,), 0.2)))
+        self.attn1 = nn.Parameter(torch.full((1,), 0.2))
+        self.attn2 = nn.Parameter(torch.full((1,), 0.2))
+        self.attn3 = nn.Parameter(torch.full((1,), 0.2))
+        self.attn4 = nn.Parameter(torch.full((1,), 0.2))
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)

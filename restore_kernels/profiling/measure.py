@@ -28,7 +28,11 @@ class Timing:
 
 
 def interleave(
-    alternatives: Mapping[str, Callable[[], object]], *, seconds: float = 2.0, min_runs: int = 5, device: str = "cpu"
+    alternatives: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 2.0,
+    min_runs: int = 5,
+    device: str = "cpu",
 ) -> dict[str, Timing]:
     """Time each alternative, one call of each in turn, until ``seconds`` have passed.
 

@@ -44,7 +44,8 @@ def runnable_backends(case: TopKCase, device: str, dtype: torch.dtype) -> list[s
 
 def relative_errors(results: list[Tensor], truth: list[Tensor]) -> list[float]:
     return [
-        float((r.detach().double() - t.detach()).norm() / t.detach().norm().clamp(min=1e-30)) for r, t in zip(results, truth, strict=True)
+        float((r.detach().double() - t.detach()).norm() / t.detach().norm().clamp(min=1e-30))
+        for r, t in zip(results, truth, strict=True)
     ]
 
 
@@ -67,7 +68,9 @@ def wrong(case: TopKCase, backend: str, device: str, dtype: torch.dtype) -> str 
     return None
 
 
-def measure(case: TopKCase, device: str, dtype: torch.dtype, seconds: float, compiled: bool) -> dict[str, Any]:
+def measure(
+    case: TopKCase, device: str, dtype: torch.dtype, seconds: float, compiled: bool
+) -> dict[str, Any]:
     """One row of the results: every alternative's time, and what it means against the ceilings."""
     x = case.inputs(dtype, device)
     row: dict[str, Any] = {
@@ -105,7 +108,9 @@ def cpu_memory(index: int, backend: str) -> int | None:
 def first_step_memory(index: int, backend: str) -> int | None:
     torch.set_num_threads(2)
     case = CPU_CASES[index]
-    small = dataclasses.replace(case, shape=(*case.shape[:3], 64) if case.layout == "channel" else (1, 1, 128, 8))
+    small = dataclasses.replace(
+        case, shape=(*case.shape[:3], 64) if case.layout == "channel" else (1, 1, 128, 8)
+    )
     steps = []
     for each in (small, case):  # the small one loads libraries and starts threads
         x = each.inputs(torch.float32, "cpu")
@@ -120,19 +125,27 @@ def first_step_memory(index: int, backend: str) -> int | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Time the operators against the published computation.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: float32, on a GPU bfloat16 too")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, action="append", help="default: float32, on a GPU bfloat16 too"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seconds", type=float, default=3.0, help="measuring time per case")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of the baseline")
-    parser.add_argument("--out", type=Path, help="folder for the results file; without it only a table is printed")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the results file; without it only a table is printed"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     device = args.device
     names = args.dtype or (["bfloat16", "float32"] if device == "cuda" else ["float32"])
-    results: dict[str, Any] = {"machine": {**info(), "processor": processor_name()}, "ceilings": {}, "cases": []}
+    results: dict[str, Any] = {
+        "machine": {**info(), "processor": processor_name()},
+        "ceilings": {},
+        "cases": [],
+    }
     for name in names:
         limits = results["ceilings"][name] = ceilings(device, DTYPES[name])
         print(f"{name}: copies {limits['copy_bytes_per_second'] / 1e9:.1f} GB/s, "
