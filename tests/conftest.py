@@ -9,6 +9,7 @@ import pytest
 pytest.register_assert_rewrite("conformance")
 
 import conformance  # noqa: E402
+import triton_interpreter  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,7 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     conformance.REQUIRED = tuple(filter(None, config.getoption("--require-backends").split(",")))
     if conformance.DEVICE == "cpu":
         # Before anything imports Triton: interpreted and compiled kernels do not mix in one process.
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+        os.environ["TRITON_INTERPRET"] = "1"
+        triton_interpreter.mend_bfloat16()
     else:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # eager's products, deterministically
     os.environ.pop("RESTORE_KERNELS_BACKEND", None)  # the tests name their backends
