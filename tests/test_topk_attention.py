@@ -42,6 +42,7 @@ PIXELS = (1, 7, 64, 257, 1000)
 TOKENS = (  # queries, keys, length of q and k, length of v
     (1, 1, 1, 1), (1, 7, 5, 3), (7, 1, 3, 5), (5, 16, 8, 16), (33, 65, 100, 7), (64, 64, 16, 16),
     (64, 257, 48, 64), (257, 129, 33, 17), (100, 1000, 32, 48), (1000, 64, 8, 8), (65, 300, 1, 1),
+    (5, 140, 4, 3),
 )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def sizes() -> Iterable[Case]:
 
 
 def _memory() -> Iterable[Case]:
-    shapes = {"channel": (2, 3, 12, 35), "token": (2, 3, 35, 21, 12, 10)}
+    shapes = {"channel": (2, 2, 11, 35), "token": (2, 2, 35, 13, 10, 9)}
     for i, (layout, name) in enumerate(product(LAYOUTS, ARRANGEMENTS)):
         # With k constant along its rows, all of a row's scores would be equal but for rounding.
         first = "contiguous" if ARRANGEMENTS[name].shared == 3 else name
@@ -108,12 +109,12 @@ def test_backend_runs_here(backend):
     check_runs(EXPLANATION, backend)
 
 
-@each(sizes())
+@each(sizes(), interpreted=14)
 def test_sizes(backend, case):
     assert_conforms(build(case), backend)
 
 
-@each(_memory())
+@each(_memory(), interpreted=16)
 def test_memory_layouts(backend, case):
     assert_conforms(build(case), backend)
 
@@ -133,14 +134,11 @@ def test_broadcast_temperature_and_weights(backend, case):
     assert_conforms(build(case), backend)
 
 
-def _basic(dtypes: Iterable[torch.dtype] = ALL_DTYPES, **options) -> Iterable[Case]:
+def _basic(dtypes: Iterable[torch.dtype] = ALL_DTYPES) -> Iterable[Case]:
+    small = {"temperature": (2, 1, 1), "weights": (3,)}
     for dtype in dtypes:
-        yield Case(
-            "channel", (2, 2, 12, 30), (3, 6, None), dtype, temperature=(2, 1, 1), weights=(3,), **options
-        )
-        yield Case(
-            "token", (2, 2, 20, 12, 8, 9), (3, 6, None), dtype, temperature=(2, 1, 1), weights=(3,), **options
-        )
+        yield Case("channel", (1, 2, 12, 30), (3, 6, None), dtype, **small)
+        yield Case("token", (1, 2, 20, 12, 8, 9), (3, 6, None), dtype, **small)
 
 
 def _with(case: Case, **tensors: torch.Tensor) -> conformance.Problem:
@@ -207,8 +205,8 @@ def test_zero_vectors(backend, case):
 
 
 def _scaled(layout: str, dtype: torch.dtype, size: float) -> conformance.Problem:
-    shape = (1, 2, 12, 40) if layout == "channel" else (1, 2, 20, 12, 8, 9)
-    problem = build(Case(layout, shape, (4, None), dtype, temperature=(2, 1, 1)))
+    shape = (1, 1, 12, 40) if layout == "channel" else (1, 1, 20, 12, 8, 9)
+    problem = build(Case(layout, shape, (4, None), dtype, temperature=(1, 1, 1)))
     scaled = {name: problem.tensors[name] * size for name in "qk"}
     return replace(problem, tensors={**problem.tensors, **scaled})
 
@@ -276,7 +274,6 @@ def test_every_element_is_written(backend, case):
         torch.use_deterministic_algorithms(False)
     for name, x in result.items():
         assert x.isfinite().all(), name
-    assert_conforms(problem, backend)
 
 
 @each(_basic(dtypes=(torch.float32, torch.bfloat16)))

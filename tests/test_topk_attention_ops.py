@@ -131,14 +131,14 @@ def test_channel_backward_reads_what_any_backend_saved(backend, case):
     judge(result, *({name: x[name] for name in result} for x in (yardstick, exact)), problem.magnitudes)
 
 
-@each([case for case in CASES if case.dtype in (torch.float32, torch.bfloat16)], FUSED)
+@each([case for case in CASES if case.dtype in (torch.float32, torch.bfloat16)], FUSED, interpreted=4)
 def test_operators_are_registered_correctly(backend, case):
     """Schemas, and fakes that predict shapes, dtypes and strides."""
     problem = build(case)
     args = arguments(problem)
     _, with_saved = run(case, backend, args)
     utils = ("test_schema", "test_faketensor")
-    if backend not in INTERPRETED:  # the interpreter cannot be traced through
+    if backend not in INTERPRETED:  # which calls the operator many times more
         utils += ("test_aot_dispatch_dynamic",)
     torch.library.opcheck(overload(f"topk_attention_{case.layout}", backend), args, test_utils=utils)
     backward = overload(f"topk_attention_{case.layout}_backward", backend)
