@@ -1,0 +1,144 @@
+"""Recipes: YAML files that say what to train, on what, and where to write it."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from restore_nets.data import Crops, PairedCrops, RainCrops, read_pairs, read_photos
+from restore_nets.models.options import suggestion
+from restore_nets.photos import TRAINING, shipped_photos
+from restore_nets.training import TrainingConfig
+
+SHIPPED = "scikit-image"
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where training data come from: exactly one of the two.
+
+    Args:
+        photos: a folder of clean photos, on which synthetic rain falls, or ``scikit-image`` for those
+            inside that package.
+        pairs: a folder with ``input/`` (degraded) and ``target/`` (clean) photos of the same names.
+    """
+
+    photos: str | None = None
+    pairs: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.photos is None) == (self.pairs is None):
+            given = "neither" if self.photos is None else "both"
+            raise ValueError(f"data must have either photos or pairs; got {given}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run. Relative paths start at the current folder.
+
+    Args:
+        model: ``name`` and options, as for ``create_model``.
+        data: see ``DataRecipe``.
+        out: folder for the checkpoint, the weights and the losses.
+        steps, learning_rate, weight_decay, precision, device, workers: see ``TrainingConfig``.
+        batch: crops per step.
+        crop: their side, in pixels.
+        seed: of the initial weights, the crops and the rain.
+        checkpoint_every: steps between checkpoints.
+    """
+
+    model: dict[str, Any]
+    data: DataRecipe
+    out: Path
+    steps: int
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    batch: int = 8
+    crop: int = 64
+    seed: int = 0
+    precision: str = "float32"
+    device: str = "cpu"
+    workers: int = 0
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        if "name" not in self.model:
+            raise ValueError("model must have the key name")
+        for name in ("batch", "crop", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative; got {self.seed}")
+
+    def training_config(self) -> TrainingConfig:
+        return TrainingConfig(**{f.name: getattr(self, f.name) for f in fields(TrainingConfig)})
+
+    def crops(self) -> Crops:
+        """The training batches. Reads all photos, so that one that cannot be read is known at the start."""
+        size = (self.steps, self.batch, self.crop, self.seed)
+        if self.data.pairs is not None:
+            return PairedCrops(read_pairs(Path(self.data.pairs)), *size)
+        if self.data.photos == SHIPPED:
+            return RainCrops(shipped_photos(TRAINING), *size)
+        return RainCrops(read_photos(Path(str(self.data.photos))), *size)
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on besides the training config, as plain data."""
+        data = {f.name: getattr(self.data, f.name) for f in fields(DataRecipe)}
+        return {"model": self.model, "data": data, "batch": self.batch, "crop": self.crop, "seed": self.seed}
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe; unknown keys and values of a wrong type are errors.
+
+    Raises:
+        ValueError: what is wrong, and where.
+        OSError: the file cannot be opened.
+    """
+    with path.open("rb") as file:
+        try:
+            content = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        return _build(Recipe, content, "the recipe")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _build(kind: type[Any], content: Any, where: str) -> Any:
+    """A dataclass from a mapping of its fields."""
+    if not isinstance(content, dict):
+        raise TypeError(f"{where} must be a mapping of keys to values; got {content!r}")
+    types = get_type_hints(kind)
+    for key in content:
+        if key not in types:
+            raise ValueError(f"{where} has no key {key!r}{suggestion(key, types)}; it has {', '.join(types)}")
+    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in content]
+    if missing:
+        raise ValueError(f"{where} must have {', '.join(missing)}")
+    return kind(**{key: _convert(types[key], value, key) for key, value in content.items()})
+
+
+def _convert(kind: Any, value: Any, key: str) -> Any:
+    if kind is DataRecipe:
+        return _build(DataRecipe, value, key)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float:
+        return _number(value, key)
+    expected = {int: "an integer", Path: "a path", dict[str, Any]: "a mapping"}.get(kind, "text")
+    python = {int: int, dict[str, Any]: dict}.get(kind, str)
+    if kind is Path or not isinstance(value, python) or isinstance(value, bool):
+        raise TypeError(f"{key} must be {expected}; got {value!r}")
+    return value
+
+
+def _number(value: Any, key: str) -> float:
+    try:
+        return float(value if not isinstance(value, bool) else "")  # YAML reads 1e-3 as text
+    except (TypeError, ValueError):
+        raise TypeError(f"{key} must be a number; got {value!r}") from None

@@ -1,0 +1,50 @@
+"""Running a recipe: training with checkpoints, from the start or from the last of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from restore_nets.checkpoints import save_checkpoint
+from restore_nets.files import write_text
+from restore_nets.models import create_model
+from restore_nets.progress import progress
+from restore_nets.recipe import Recipe
+from restore_nets.training import Trainer
+
+CHECKPOINT, WEIGHTS, LOSSES = "checkpoint.pt", "model.safetensors", "losses.csv"
+
+
+def run_recipe(recipe: Recipe, resume: bool, console: Console) -> Path:
+    """Train; every ``checkpoint_every`` steps and at the end write checkpoint, weights and losses.
+
+    Returns:
+        The file of weights, for ``load_model``.
+
+    Raises:
+        ValueError, TypeError, OSError: a recipe that cannot be followed.
+        FileExistsError: a checkpoint is there and is not to be resumed.
+        RuntimeError: training diverged.
+    """
+    checkpoint, weights = recipe.out / CHECKPOINT, recipe.out / WEIGHTS
+    if checkpoint.exists() and not resume:
+        raise FileExistsError(f"{checkpoint} exists: resume it with --resume, or choose another out folder")
+    torch.manual_seed(recipe.seed)
+    trainer = Trainer(create_model(**recipe.model), recipe.crops(), recipe.training_config())
+    if resume:
+        trainer.resume(checkpoint, recipe.identity())
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    with progress(console, "training", recipe.steps, len(trainer.losses)) as advance:
+        while len(trainer.losses) < recipe.steps:
+            until = len(trainer.losses) + recipe.checkpoint_every
+            trainer.train(lambda loss: advance(f"loss {loss:.4f}"), until - until % recipe.checkpoint_every)
+            save_checkpoint(trainer.model, weights, recipe.model)
+            write_text(recipe.out / LOSSES, _table(trainer.losses))
+            trainer.save(checkpoint, recipe.identity())
+    return weights
+
+
+def _table(losses: list[float]) -> str:
+    return "step,loss\n" + "".join(f"{step},{loss!r}\n" for step, loss in enumerate(losses, start=1))

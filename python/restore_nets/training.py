@@ -1,0 +1,219 @@
+"""Training a restoration network: AdamW, cosine schedule, Charbonnier loss, exact resuming."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from restore_nets.data import Crops
+from restore_nets.files import written_whole
+
+PRECISIONS = ("float32", "bfloat16")
+CHARBONNIER_EPSILON = 1e-3
+ADAM_BETAS = (0.9, 0.99)
+MAX_GRADIENT_NORM = 1.0
+WARMUP_SHARE = 0.05  # of all steps
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and how fast to train, and where.
+
+    Args:
+        steps: number of optimizer steps.
+        learning_rate: its highest value, after a linear warm-up; it then falls to 0 along a cosine.
+        weight_decay: of AdamW, on matrices and kernels; not on biases, norms and temperatures.
+        precision: ``"float32"``, or ``"bfloat16"`` for autocast.
+        device: as for ``torch.device``.
+        workers: processes that prepare batches; 0 prepares them in this one.
+    """
+
+    steps: int
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-4
+    precision: str = "float32"
+    device: str = "cpu"
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1; got {self.steps}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must not be negative; got {self.weight_decay}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+        if self.workers < 0:
+            raise ValueError(f"workers must not be negative; got {self.workers}")
+
+
+# What may differ between a run and its continuation, because the result does not depend on it.
+_FREE = {"device", "workers"}
+
+
+class Trainer:
+    """Trains a network on crops, step by step, and can stop and resume at every step.
+
+    A run that is interrupted, saved and resumed on the same machine gives bitwise the weights of one
+    that is not interrupted.
+
+    Args:
+        model: maps degraded (B, 3, H, W) to restored (B, 3, H, W); moved to the config's device.
+        crops: the batches.
+        config: see there.
+
+    Attributes:
+        losses: one per step taken; their number is the next step.
+
+    Raises:
+        ValueError, RuntimeError: a device that does not exist.
+    """
+
+    def __init__(self, model: nn.Module, crops: Crops, config: TrainingConfig) -> None:
+        if len(crops) < config.steps:
+            raise ValueError(f"crops must hold a batch for each of {config.steps} steps; got {len(crops)}")
+        self.device = available_device(config.device)
+        self.model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.crops, self.config = crops, config
+        self.optimizer = torch.optim.AdamW(
+            _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=ADAM_BETAS
+        )
+        self.losses: list[float] = []
+
+    def train(self, on_step: Callable[[float], None] | None = None, until: int | None = None) -> None:
+        """Take the remaining steps, or those up to step ``until``.
+
+        Args:
+            on_step: called after every step with its loss.
+
+        Raises:
+            RuntimeError: the loss is no longer finite.
+        """
+        end = min(until or self.config.steps, self.config.steps)
+        start = len(self.losses)
+        loader = DataLoader(
+            self.crops, batch_size=None, sampler=range(start, end), num_workers=self.config.workers,
+            pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+        self.model.train()
+        for degraded, clean in loader:
+            loss = self._step(degraded.to(self.device), clean.to(self.device))
+            self.losses.append(loss)
+            if on_step is not None:
+                on_step(loss)
+
+    def _step(self, degraded: Tensor, clean: Tensor) -> float:
+        step = len(self.losses)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * schedule(step, self.config.steps)
+        narrow = self.config.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=narrow):
+            restored = self.model(degraded.contiguous(memory_format=torch.channels_last))
+        loss = charbonnier(restored.float(), clean)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise RuntimeError(
+                f"training diverged: the loss of step {step + 1} is {value}; try a lower learning rate"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
+        self.optimizer.step()
+        return value
+
+    def save(self, path: Path, recipe: dict[str, Any]) -> None:
+        """Write all that is needed to resume: the file is replaced whole, in the last moment.
+
+        Args:
+            recipe: plain data that says what is trained, on what; ``resume`` asks for the same.
+        """
+        state = {
+            "recipe": recipe,
+            "config": asdict(self.config),
+            "losses": self.losses,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        with written_whole(path) as temporary:
+            torch.save(state, temporary)
+
+    def resume(self, path: Path, recipe: dict[str, Any]) -> None:
+        """Take up the run that ``save`` wrote.
+
+        Raises:
+            ValueError: the file is no such checkpoint, or one of another recipe or config.
+            OSError: the file cannot be opened.
+        """
+        state = _read_state(path)
+        was = {**state["recipe"], **state["config"]}
+        now = {**recipe, **asdict(self.config)}
+        for name in sorted((was.keys() | now.keys()) - _FREE):
+            if was.get(name) != now.get(name):
+                raise ValueError(f"{path} was trained with {name} = {was.get(name)!r}; got {now.get(name)!r}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses = list(state["losses"])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged files trip the unpickler in many ways
+            raise ValueError(f"{path} is not a readable checkpoint of a training run") from error
+    if not isinstance(state, dict) or not {"recipe", "config", "losses", "optimizer"} <= state.keys():
+        raise ValueError(f"{path} is not a checkpoint of a training run")
+    return state
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay for what multiplies features, none for vectors and scalars."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kernels = [p for p in parameters if p.squeeze().dim() > 1]
+    others = [p for p in parameters if p.squeeze().dim() <= 1]
+    return [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def schedule(step: int, steps: int) -> float:
+    """The share of the highest learning rate at a step (counted from 0): linear warm-up, then a cosine."""
+    warmup = max(1, round(WARMUP_SHARE * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def charbonnier(restored: Tensor, clean: Tensor) -> Tensor:
+    """mean sqrt((restored - clean)^2 + eps^2), eps = 1e-3 (Charbonnier et al., 1994): a smooth L1."""
+    return ((restored - clean).square() + CHARBONNIER_EPSILON**2).sqrt().mean()
+
+
+def available_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda:N; got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:N; got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name!r} does not exist here: torch finds {torch.cuda.device_count()} CUDA devices"
+        )
+    return device

@@ -1,0 +1,126 @@
+"""Training batches: a function of seed and step; pairs that belong together; clear errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from restore_nets.data import Pair, PairedCrops, RainCrops, read_pairs, read_photos, shrink, with_rain
+from restore_nets.images import write_image
+from restore_nets.photos import TRAINING, UNSEEN, shipped_photos
+
+
+def photo(height: int = 40, width: int = 50, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    photos = {"a": photo(), "b": photo(seed=1)}
+    crops = RainCrops(photos, steps=5, batch=3, crop=16, seed=7)
+    forwards = [crops[step] for step in range(5)]
+    backwards = [crops[step] for step in reversed(range(5))][::-1]
+    for (x, y), (x_again, y_again) in zip(forwards, backwards, strict=True):
+        assert x.shape == y.shape == (3, 3, 16, 16)
+        assert torch.equal(x, x_again)
+        assert torch.equal(y, y_again)
+    assert not torch.equal(forwards[0][1], forwards[1][1])
+    other = RainCrops(photos, steps=5, batch=3, crop=16, seed=8)
+    assert not torch.equal(forwards[0][1], other[0][1])
+
+
+def test_loader_processes_give_the_same_batches():
+    crops = RainCrops({"a": photo()}, steps=4, batch=2, crop=16, seed=0)
+    for workers in (0, 2):
+        loader = DataLoader(crops, batch_size=None, sampler=range(4), num_workers=workers)
+        for step, (x, y) in enumerate(loader):
+            assert torch.equal(x, crops[step][0])
+            assert torch.equal(y, crops[step][1])
+
+
+def test_iteration_ends_after_the_last_step():
+    assert len(list(RainCrops({"a": photo()}, 3, 1, 8, 0))) == 3
+
+
+def test_crop_may_be_the_whole_photo():
+    clean = RainCrops({"a": photo(16, 16)}, 4, 4, 16, 0)[0][1]
+    whole = photo(16, 16).float() / 255
+    assert all(torch.equal(c, whole) or torch.equal(c, whole.flip(-1)) for c in clean)
+
+
+def test_pairs_are_cropped_and_mirrored_together():
+    clean = photo()
+    pairs = [Pair("a", 255 - clean, clean)]
+    seen = {}
+    for step in range(8):
+        x, y = PairedCrops(pairs, steps=8, batch=2, crop=16, seed=0)[step]
+        torch.testing.assert_close(x, 1 - y)
+        seen[step] = y
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_photo_smaller_than_the_crop_is_named():
+    with pytest.raises(ValueError, match=r"photo small \(50x10\) must be at least crop=16"):
+        RainCrops({"a": photo(), "small": photo(10, 50)}, 1, 1, 16, 0)
+    with pytest.raises(ValueError, match="at least one photo"):
+        RainCrops({}, 1, 1, 16, 0)
+
+
+def test_rain_for_evaluation_depends_on_the_seed():
+    photos = {"a": photo(), "b": photo()}
+    first, again, other = with_rain(photos, 0), with_rain(photos, 0), with_rain(photos, 1)
+    assert [pair.name for pair in first] == ["a", "b"]
+    assert torch.equal(first[0].degraded, again[0].degraded)
+    assert not torch.equal(first[0].degraded, other[0].degraded)
+    assert not torch.equal(first[0].degraded, first[1].degraded)  # a rain of its own each
+    assert torch.equal(first[0].clean, photos["a"])
+
+
+def save(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image(path, image.float() / 255)
+
+
+def test_folder_of_photos(tmp_path):
+    for name in ("b.png", "a.png"):
+        save(tmp_path / name, photo(seed=ord(name[0])))
+    (tmp_path / "notes.txt").write_text("not a photo")
+    photos = read_photos(tmp_path)
+    assert list(photos) == ["a.png", "b.png"]
+    assert torch.equal(photos["a.png"], photo(seed=ord("a")))
+    with pytest.raises(FileNotFoundError, match="absent"):
+        read_photos(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no PNG or JPEG"):
+        read_photos(tmp_path / "empty")
+
+
+def test_folder_of_pairs(tmp_path):
+    save(tmp_path / "input" / "1.png", photo(seed=1))
+    save(tmp_path / "target" / "1.png", photo(seed=2))
+    (pair,) = read_pairs(tmp_path)
+    assert torch.equal(pair.degraded, photo(seed=1))
+    assert torch.equal(pair.clean, photo(seed=2))
+    save(tmp_path / "input" / "2.png", photo())
+    with pytest.raises(ValueError, match=r"2\.png is missing in target/"):
+        read_pairs(tmp_path)
+    save(tmp_path / "target" / "2.png", photo(40, 51))
+    with pytest.raises(ValueError, match=r"2\.png must have one size.*50x40 and 51x40"):
+        read_pairs(tmp_path)
+
+
+def test_shrinking():
+    assert torch.equal(shrink(photo(40, 50), 50), photo(40, 50))
+    assert shrink(photo(40, 80), 20).shape == (3, 10, 20)
+    flat = torch.full((3, 60, 90), 77, dtype=torch.uint8)
+    assert (shrink(flat, 31) == 77).all()
+
+
+def test_shipped_photos_are_disjoint_and_photos():
+    assert not set(TRAINING) & set(UNSEEN)
+    training, unseen = shipped_photos(TRAINING), shipped_photos(UNSEEN)
+    for name, image in {**training, **unseen}.items():
+        assert image.dtype == torch.uint8, name
+        assert min(image.shape[1:]) >= 300, name
+        assert image.float().std() > 20, name  # something to see

@@ -1,0 +1,283 @@
+"""Training: exact resuming, atomic checkpoints, the schedule and the recipes."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from restore_nets import create_model, load_model
+from restore_nets.data import RainCrops
+from restore_nets.images import write_image
+from restore_nets.recipe import DataRecipe, load_recipe
+from restore_nets.running import run_recipe
+from restore_nets.training import Trainer, TrainingConfig, available_device, charbonnier, schedule
+
+TINY = {
+    "name": "ddsa", "dim": 4, "num_blocks": [1, 1, 1, 1], "heads": [1, 1, 1, 1], "ffn_expansion": 1.0,
+}  # fmt: skip
+RECIPE = {"what": "a test"}
+
+
+def photo(height: int = 40, width: int = 50) -> torch.Tensor:
+    coarse = torch.rand(1, 3, 6, 7, generator=torch.Generator().manual_seed(0))
+    smooth = nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0]
+    return (smooth * 255).to(torch.uint8)
+
+
+def trainer(steps: int = 6, seed: int = 0, **config: object) -> Trainer:
+    torch.manual_seed(seed)
+    crops = RainCrops({"a": photo()}, steps, batch=2, crop=16, seed=seed)
+    return Trainer(create_model(**TINY), crops, TrainingConfig(steps, **config))
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    state = b.state_dict()
+    return all(torch.equal(x, state[name]) for name, x in a.state_dict().items())
+
+
+def test_training_is_decided_by_the_seed():
+    first, again, other = trainer(3), trainer(3), trainer(3, seed=1)
+    for run in (first, again, other):
+        run.train()
+    assert first.losses == again.losses
+    assert same_weights(first.model, again.model)
+    assert first.losses != other.losses
+
+
+class OneBatch(RainCrops):
+    """The same batch at every step."""
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().__getitem__(0)
+
+
+def test_training_learns():
+    torch.manual_seed(0)
+    crops = OneBatch({"a": photo()}, 60, batch=2, crop=16, seed=0)
+    run = Trainer(create_model(**TINY), crops, TrainingConfig(60, learning_rate=5e-3))
+    run.train()
+    assert run.losses[-1] < 0.6 * run.losses[0]
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_resumed_run_equals_an_uninterrupted_one_bitwise(tmp_path, stop):
+    whole = trainer()
+    whole.train()
+    first = trainer()
+    first.train(until=stop)
+    first.save(tmp_path / "checkpoint.pt", RECIPE)
+    torch.manual_seed(99)  # a new process would have another state
+    second = trainer()
+    second.resume(tmp_path / "checkpoint.pt", RECIPE)
+    second.train()
+    assert second.losses == whole.losses
+    assert same_weights(second.model, whole.model)
+
+
+def test_resume_restores_the_random_state(tmp_path):
+    run = trainer()
+    run.save(tmp_path / "checkpoint.pt", RECIPE)
+    expected = torch.rand(3)
+    torch.manual_seed(99)
+    trainer(seed=5)
+    other = trainer()
+    other.resume(tmp_path / "checkpoint.pt", RECIPE)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_resume_refuses_another_run(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    trainer().save(path, RECIPE)
+    with pytest.raises(ValueError, match="was trained with steps = 6; got 7"):
+        trainer(7).resume(path, RECIPE)
+    with pytest.raises(ValueError, match="was trained with what = 'a test'; got 'another'"):
+        trainer().resume(path, {"what": "another"})
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        trainer().resume(path, RECIPE)
+    torch.save({"params": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="not a checkpoint of a training run"):
+        trainer().resume(path, RECIPE)
+
+
+@pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
+def test_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, failure):
+    path = tmp_path / "checkpoint.pt"
+    run = trainer()
+    run.save(path, RECIPE)
+    before = path.read_bytes()
+
+    def save_half(state, target):
+        Path(target).write_bytes(before[:100])
+        raise failure
+
+    monkeypatch.setattr(torch, "save", save_half)
+    with pytest.raises(type(failure)):
+        run.save(path, RECIPE)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_bfloat16_autocast_stays_near_float32():
+    wide, narrow = trainer(2), trainer(2, precision="bfloat16")
+    for run in (wide, narrow):
+        run.train()
+    assert narrow.losses[0] != wide.losses[0]
+    # Every layer rounds to 2^-9; the errors of a mean over all pixels mostly cancel.
+    assert narrow.losses == pytest.approx(wide.losses, rel=2**-6)
+
+
+def test_divergence_stops_training():
+    run = trainer()
+    with torch.no_grad():
+        next(iter(run.model.parameters())).fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="diverged: the loss of step 1 is nan"):
+        run.train()
+
+
+def test_schedule_rises_then_falls_to_zero():
+    rates = [schedule(step, 100) for step in range(101)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5] == 1
+    assert all(a > b for a, b in pairwise(rates[5:]))
+    assert rates[100] == pytest.approx(0, abs=1e-12)
+    assert schedule(0, 1) == 1
+
+
+def test_charbonnier_is_a_smooth_l1():
+    x, y = torch.tensor([0.0, 3.0]), torch.tensor([0.0, 7.0])
+    assert float(charbonnier(x, y)) == pytest.approx((1e-3 + 4) / 2, rel=1e-6)
+
+
+def test_bad_config():
+    for change, message in {
+        "steps": "steps must be at least 1",
+        "learning_rate": "learning_rate must be positive",
+        "weight_decay": "weight_decay must not be negative",
+        "workers": "workers must not be negative",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            TrainingConfig(**{"steps": 1, change: -1})
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16; got 'float8'"):
+        TrainingConfig(1, precision="float8")
+    for device in ("gpu", "meta"):
+        with pytest.raises(ValueError, match=f"device must be cpu, cuda or cuda:N; got '{device}'"):
+            available_device(device)
+    with pytest.raises(ValueError, match="'cuda:99' does not exist here"):
+        available_device("cuda:99")
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    (tmp_path / "photos").mkdir()
+    write_image(tmp_path / "photos" / "a.png", photo().float() / 255)
+
+    def write(**changes: str | None) -> Path:
+        lines = {
+            "model": json.dumps(TINY),
+            "data": f"{{photos: {tmp_path / 'photos'}}}",
+            "out": str(tmp_path / "out"),
+            "steps": "5",
+            "batch": "2",
+            "crop": "16",
+            "checkpoint_every": "2",
+            **changes,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items() if value is not None))
+        return path
+
+    return write
+
+
+class Silent:
+    """A console for tests."""
+
+    def __new__(cls):
+        from rich.console import Console
+
+        return Console(quiet=True)
+
+
+def test_recipe(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file(learning_rate="1e-3", device="cpu"))
+    assert recipe.learning_rate == 1e-3  # YAML 1.1 reads 1e-3 as text
+    assert recipe.steps == 5
+    assert recipe.out == tmp_path / "out"
+    assert recipe.data == DataRecipe(photos=str(tmp_path / "photos"))
+    assert recipe.training_config() == TrainingConfig(5, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stepz": "3"}, r"the recipe has no key 'stepz', did you mean steps\?"),
+        ({"data": "{photo: x}"}, r"data has no key 'photo', did you mean photos\?"),
+        ({"data": "{photos: x, pairs: y}"}, "data must have either photos or pairs; got both"),
+        ({"data": "{}"}, "data must have either photos or pairs; got neither"),
+        ({"data": "photos"}, "data must be a mapping of keys to values; got 'photos'"),
+        ({"steps": None, "out": None}, "the recipe must have out, steps"),
+        ({"steps": "many"}, "steps must be an integer; got 'many'"),
+        ({"steps": "true"}, "steps must be an integer; got True"),
+        ({"steps": "2.5"}, "steps must be an integer; got 2.5"),
+        ({"batch": "0"}, "batch must be at least 1; got 0"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number; got 'fast'"),
+        ({"out": "3"}, "out must be a path; got 3"),
+        ({"model": "{dim: 8}"}, "model must have the key name"),
+        ({"seed": "-1"}, "seed must not be negative; got -1"),
+        ({"out": "[unclosed"}, "is not valid YAML"),
+    ],
+)
+def test_wrong_recipe_is_one_line_that_names_the_key(recipe_file, changes, message):
+    path = recipe_file(**changes)
+    with pytest.raises(ValueError, match=message) as error:
+        load_recipe(path)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_recipe_run_can_be_resumed_after_a_crash(recipe_file, tmp_path, monkeypatch):
+    whole = run_recipe(load_recipe(recipe_file(out=str(tmp_path / "whole"))), False, Silent())
+
+    recipe = load_recipe(recipe_file(out=str(tmp_path / "crashed")))
+    with monkeypatch.context() as patch:
+        step = Trainer._step
+
+        def crash_at_step_4(self, degraded, clean):
+            if len(self.losses) == 3:
+                raise MemoryError
+            return step(self, degraded, clean)
+
+        patch.setattr(Trainer, "_step", crash_at_step_4)
+        with pytest.raises(MemoryError):
+            run_recipe(recipe, False, Silent())
+    with pytest.raises(FileExistsError, match="resume it with --resume"):
+        run_recipe(recipe, False, Silent())
+    resumed = run_recipe(recipe, True, Silent())
+
+    assert same_weights(load_model(resumed), load_model(whole))
+    assert (resumed.parent / "losses.csv").read_text() == (whole.parent / "losses.csv").read_text()
+    assert len((whole.parent / "losses.csv").read_text().splitlines()) == 6
+    assert sorted(p.name for p in whole.parent.iterdir()) == [
+        "checkpoint.pt",
+        "losses.csv",
+        "model.safetensors",
+    ]
+
+
+def test_recipe_trains_on_pairs(recipe_file, tmp_path):
+    for part in ("input", "target"):
+        (tmp_path / "pairs" / part).mkdir(parents=True)
+        write_image(tmp_path / "pairs" / part / "1.png", photo().float() / 255)
+    recipe = load_recipe(recipe_file(data=f"{{pairs: {tmp_path / 'pairs'}}}", steps="1"))
+    assert run_recipe(recipe, False, Silent()).exists()
+
+
+def test_recipe_without_checkpoint_cannot_be_resumed(recipe_file):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint\.pt"):
+        run_recipe(load_recipe(recipe_file()), True, Silent())
