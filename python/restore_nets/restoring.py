@@ -1,0 +1,163 @@
+"""Restoring photos with a trained network, whole or in overlapping tiles of bounded size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from restore_nets.images import is_image_name, read_colour_profile, read_image, write_image
+
+DEFAULT_TILE = 512
+OVERLAP = 64  # pixels that neighbouring tiles share, over which one fades into the other
+SMALLEST_TILE = 3 * OVERLAP  # so that no pixel lies in three tiles of a row
+
+
+def restore(model: nn.Module, image: Tensor, tile: int = DEFAULT_TILE) -> Tensor:
+    """Restore one photo.
+
+    Where a side is longer than ``tile``, the photo is cut into tiles of at most ``tile`` pixels that
+    overlap; in the overlap the result fades linearly from one tile to the next. The network then
+    needs memory for one tile, whatever the size of the photo.
+
+    Args:
+        model: maps (1, 3, H, W) to (1, 3, H, W); used on the device of its parameters.
+        image: (3, H, W), float32 in [0, 1].
+        tile: longest side that the network sees at once, in pixels, at least ``SMALLEST_TILE``; 0
+            for the whole photo whatever its size.
+
+    Returns:
+        (3, H, W), float32 in [0, 1], on the device of image.
+    """
+    if image.dim() != 3 or image.shape[0] != 3:
+        raise ValueError(f"image must have shape (3, H, W); got {tuple(image.shape)}")
+    check_tile(tile)
+    device = next(model.parameters(), image).device
+    height, width = image.shape[1:]
+    restored = torch.zeros_like(image)
+    model.eval()
+    with torch.inference_mode():
+        for top, bottom, row_weights in spans(height, tile or height):
+            for left, right, column_weights in spans(width, tile or width):
+                piece = image[None, :, top:bottom, left:right].to(device, memory_format=torch.channels_last)
+                weights = row_weights[:, None] * column_weights
+                restored[:, top:bottom, left:right] += model(piece)[0].float().to(image.device) * weights
+    return restored.clamp_(0, 1)
+
+
+def check_tile(tile: int) -> None:
+    if tile != 0 and tile < SMALLEST_TILE:
+        raise ValueError(f"tile must be 0 (the whole photo) or at least {SMALLEST_TILE} pixels; got {tile}")
+
+
+def spans(length: int, tile: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Cut a side into overlapping spans: (start, end, weights), where all weights on a pixel sum to 1."""
+    count = 1 if length <= tile else math.ceil((length - OVERLAP) / (tile - OVERLAP))
+    size = length if count == 1 else math.ceil((length + (count - 1) * OVERLAP) / count)
+    starts = [round(i * (length - size) / max(1, count - 1)) for i in range(count)]
+    for i, start in enumerate(starts):
+        weights = torch.ones(size)
+        if i > 0:
+            shared = starts[i - 1] + size - start
+            weights[:shared] = _fade_in(shared)
+        if i + 1 < count:
+            shared = start + size - starts[i + 1]
+            weights[size - shared :] = 1 - _fade_in(shared)
+        yield start, start + size, weights
+
+
+def _fade_in(length: int) -> Tensor:
+    return (torch.arange(length) + 0.5) / length
+
+
+@dataclass(frozen=True)
+class Job:
+    """A photo to restore and where to write the result."""
+
+    source: Path
+    destination: Path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be restored, and the files of the given folders that are no photos."""
+
+    jobs: list[Job]
+    ignored: list[Path]
+
+
+def plan(inputs: Sequence[Path], out: Path) -> Plan:
+    """Find the photos among files and folders (with their subfolders, which are kept).
+
+    Raises:
+        FileNotFoundError: an input that does not exist.
+        ValueError: a file that is no PNG or JPEG by its name, two results of one name, a result
+            that would replace a photo to be restored, or no photos at all.
+    """
+    jobs, ignored = [], []
+    for source in inputs:
+        if source.is_dir():
+            found = sorted(set(source.rglob("*")) - _earlier_results(source, out))
+            files = [path for path in found if path.is_file()]
+            jobs += [Job(path, out / path.relative_to(source)) for path in files if is_image_name(path)]
+            ignored += [path for path in files if not is_image_name(path)]
+        elif not source.exists():
+            raise FileNotFoundError(f"{source} does not exist")
+        elif not is_image_name(source):
+            raise ValueError(f"{source} is no PNG or JPEG file by its name")
+        else:
+            jobs.append(Job(source, out / source.name))
+    if not jobs:
+        raise ValueError(f"no PNG or JPEG files in {', '.join(map(str, inputs))}")
+    _check_destinations(jobs)
+    return Plan(jobs, ignored)
+
+
+def _earlier_results(source: Path, out: Path) -> set[Path]:
+    """The files of an output folder that lies inside the input folder."""
+    inside = source.resolve() in out.resolve().parents
+    return {path for path in source.rglob("*") if inside and out.resolve() in path.resolve().parents}
+
+
+def _check_destinations(jobs: Sequence[Job]) -> None:
+    sources = {job.source.resolve(): job.source for job in jobs}
+    taken: dict[Path, Path] = {}
+    for job in jobs:
+        destination = job.destination.resolve()
+        if destination in sources:
+            raise ValueError(
+                f"restoring {job.source} would overwrite {sources[destination]}; choose another --out"
+            )
+        if destination in taken:
+            raise ValueError(
+                f"{taken[destination]} and {job.source} would both be written to {job.destination}"
+            )
+        taken[destination] = job.source
+
+
+def restore_files(
+    model: nn.Module, jobs: Sequence[Job], tile: int, on_file: Callable[[Job], None] | None = None
+) -> dict[Path, str]:
+    """Restore photos one by one; one that fails does not stop the others, and leaves no file.
+
+    Args:
+        on_file: called after each photo.
+
+    Returns:
+        Why photos failed: source -> one line.
+    """
+    failures = {}
+    for job in jobs:
+        try:
+            restored = restore(model, read_image(job.source), tile)
+            job.destination.parent.mkdir(parents=True, exist_ok=True)
+            write_image(job.destination, restored, read_colour_profile(job.source))
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            failures[job.source] = " ".join(str(error).split()) or type(error).__name__
+        if on_file is not None:
+            on_file(job)
+    return failures
