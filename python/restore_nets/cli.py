@@ -1,0 +1,194 @@
+"""The command line: restore-nets demo, train, restore, models.
+
+Modules that load PyTorch are imported by the commands that need them, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Train and run networks that restore photos.",
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+
+# The base of everything typer raises for a wrong command line; it has no public name.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]
+
+USAGE, FAILED, INTERRUPTED = 2, 1, 130
+
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")]
+
+
+@app.command()
+def demo(
+    photos: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Your own clean photos, instead of those of scikit-image."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Your own pairs: DIR/input and DIR/target, equal file names."),
+    ] = None,
+    device: Device = "cpu",
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps. Default: about a minute on 2 cores.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Train about this long, instead of --steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, crops and rain.")] = 0,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where pictures, weights and report go.")] = Path(
+        "out/demo"
+    ),
+) -> None:
+    """Train a small network here, restore rainy photos, report.
+
+    Trains for about a minute on photos in synthetic rain, restores photos that it never saw, and
+    writes pictures, weights, the loss curve and report.html.
+    """
+    from rich.console import Console
+
+    from restore_nets.demo import Options, run
+
+    console = Console()
+    result = run(Options(out, photos, data, device, steps, seconds, seed), console)
+    before, after = (result.mean(which, "psnr") for which in ("before", "after"))
+    console.print(
+        f"PSNR of unseen photos: {before:.2f} dB rainy, {after:.2f} dB restored ({result.gain:+.2f} dB)."
+    )
+    if result.agreement is not None:
+        verdict = "follow" if result.agreement.passed else "do NOT follow"
+        console.print(f"Losses on the {result.backend} backend {verdict} those of eager PyTorch.")
+    console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(metavar="FILE", help="The recipe, a YAML file.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")
+    ] = False,
+) -> None:
+    """Train a network by a recipe.
+
+    A recipe has the keys model (name and options), data (photos: a folder of clean photos, or pairs:
+    a folder with input/ and target/), out and steps, and may have learning_rate, weight_decay, batch,
+    crop, seed, precision (float32 or bfloat16), device, workers and checkpoint_every.
+    """
+    from rich.console import Console
+
+    from restore_nets.recipe import load_recipe
+    from restore_nets.running import run_recipe
+
+    console = Console()
+    weights = run_recipe(load_recipe(config), resume, console)
+    console.print(f"Weights: {weights}", soft_wrap=True)
+
+
+@app.command()
+def restore(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL.safetensors", help="Weights that train or demo wrote.")
+    ],
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="PNG and JPEG files, and folders of them.")
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where results go, under the names of the inputs.")
+    ],
+    tile: Annotated[
+        int, typer.Option(help="Restore larger photos in tiles of at most this many pixels a side; 0: never.")
+    ] = 512,
+    device: Device = "cpu",
+) -> None:
+    """Restore photos with a trained network.
+
+    The inputs are never overwritten; earlier results in --out are replaced.
+    """
+    from rich.console import Console
+
+    from restore_nets.checkpoints import load_model
+    from restore_nets.progress import progress
+    from restore_nets.restoring import check_tile, plan, restore_files
+    from restore_nets.training import available_device
+
+    check_tile(tile)
+    work = plan(inputs, out)
+    network = load_model(model).to(available_device(device))
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    with progress(console, "restoring", len(work.jobs)) as advance:
+        failures = restore_files(network, work.jobs, tile, lambda job: advance(job.source.name))
+    console.print(
+        f"{len(work.jobs) - len(failures)} of {len(work.jobs)} photos restored to {out}", soft_wrap=True
+    )
+    if work.ignored:
+        console.print(f"{len(work.ignored)} other files ignored: {_listed(work.ignored)}", soft_wrap=True)
+    for source, reason in failures.items():
+        _complain(reason if str(source) in reason else f"{source}: {reason}")
+    if failures:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def models() -> None:
+    """List the networks and their options."""
+    import inspect
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from restore_nets.models import create_model, list_models
+
+    table = Table("name", "parameters", "options with their defaults")
+    for name in list_models():
+        with torch.device("meta"):
+            model = create_model(name)
+        count = sum(p.numel() for p in model.parameters())
+        options = inspect.signature(type(model)).parameters.values()
+        table.add_row(name, f"{count:,}", ", ".join(f"{o.name}={o.default}" for o in options))
+    Console().print(table)
+
+
+def _listed(paths: Sequence[Path], most: int = 3) -> str:
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(map(str, paths[:most])) + more
+
+
+def _complain(message: object) -> None:
+    print(f"restore-nets: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit status: 2 for a mistake in it, told in one line.
+
+    Python's development mode (``python -X dev``) shows the traceback of an error instead.
+    """
+    try:
+        status = app(list(arguments) or ["--help"], prog_name="restore-nets", standalone_mode=False) or 0
+    except typer.Abort:
+        status = INTERRUPTED
+    except _UsageError as error:
+        _complain(f"{error.format_message()} (see restore-nets --help)")  # type: ignore[attr-defined]
+        return USAGE
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if sys.flags.dev_mode:
+            raise
+        _complain(error)
+        return USAGE
+    if status == INTERRUPTED:
+        _complain("interrupted")
+    return status
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The demonstration's report: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from restore_nets import figures
+from restore_nets.files import write_text
+from restore_nets.kernel_checks import AGREE, NOISE_MULTIPLE, SAME_RESULT, Agreement
+from restore_nets.metrics import PRESETS
+
+if TYPE_CHECKING:
+    from restore_nets.demo import Demo, Result
+
+DETAIL = 120  # side of the detail that is shown enlarged, in pixels
+MAGNIFY = 3
+
+
+def write(demo: Demo, path: Path) -> None:
+    """Write the report, whole or not at all."""
+    environment = Environment(
+        loader=PackageLoader("restore_nets"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    page = environment.get_template("report.html").render(
+        demo=demo,
+        photos=[_photo(result) for result in demo.results],
+        loss_curve=figures.svg(figures.loss_curve(demo.losses)),
+        agreement_curve=_agreement_curve(demo.agreement),
+        metric=f"{demo.metric}: {PRESETS[demo.metric]}",
+        noise_multiple=NOISE_MULTIPLE,
+        agree=AGREE,
+        same_result=SAME_RESULT,
+        machine=machine(),
+    )
+    write_text(path, page)
+
+
+def _agreement_curve(agreement: Agreement | None) -> str:
+    return (
+        ""
+        if agreement is None
+        else figures.svg(figures.agreement_curve(agreement.differences, agreement.noise))
+    )
+
+
+def _photo(result: Result) -> dict[str, Any]:
+    """A result and its pictures, whole and a detail where the rain is heaviest."""
+    rows, columns = figures.busiest_window(result.rainy - result.clean, DETAIL)
+    pictures = {"rainy": result.rainy, "restored": result.restored, "clean": result.clean}
+    return {
+        "result": result,
+        "whole": {name: figures.data_uri(picture) for name, picture in pictures.items()},
+        "detail": {
+            name: figures.data_uri(picture[:, rows, columns], MAGNIFY) for name, picture in pictures.items()
+        },
+    }
+
+
+def machine() -> dict[str, str]:
+    """What the times were measured on."""
+    return {
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "Python": platform.python_version(),
+        "PyTorch": torch.__version__,
+        "restore_kernels": version("restore_kernels"),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

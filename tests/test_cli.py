@@ -1,0 +1,149 @@
+"""The command line: what it writes, and mistakes told in one line with exit status 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from restore_nets import cli, create_model, save_checkpoint
+from restore_nets.images import read_image, write_image
+
+TINY = {
+    "name": "ddsa", "dim": 4, "num_blocks": [1, 1, 1, 1], "heads": [1, 1, 1, 1], "ffn_expansion": 1.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(create_model(**TINY), path, TINY)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    write_image(folder / "a.png", torch.rand(3, 33, 21, generator=generator))
+    write_image(folder / "b.jpg", torch.rand(3, 24, 40, generator=generator))
+    return folder
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["restore"], ["models"]])
+def test_help(command, capsys):
+    assert cli.run([*command, "--help"]) == 0
+    assert f"Usage: restore-nets {' '.join(command)}".strip() in capsys.readouterr().out
+
+
+def test_no_arguments_show_the_help(capsys):
+    assert cli.run([]) == 0
+    assert "Usage: restore-nets" in capsys.readouterr().out
+
+
+def test_models(capsys):
+    assert cli.run(["models"]) == 0
+    output = capsys.readouterr().out
+    assert "ddsa" in output
+    assert "drsformer" in output
+    assert "33,655,424" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demos"], "No such command 'demos'"),
+        (["demo", "--stepz", "3"], "No such option: --stepz"),
+        (["demo", "--steps", "many"], "Invalid value for '--steps'"),
+        (["demo", "--steps", "0"], "steps must be at least 1; got 0"),
+        (["demo", "--seconds", "-1"], "seconds must be positive; got -1"),
+        (["demo", "--steps", "1", "--seconds", "1"], "either --steps or --seconds"),
+        (["demo", "--photos", "a", "--data", "b"], "either --photos or --data"),
+        (["demo", "--photos", "absent"], "absent"),
+        (["demo", "--device", "tpu"], "device must be cpu, cuda or cuda:N; got 'tpu'"),
+        (["train"], "Missing option '--config'"),
+        (["train", "--config", "absent.yaml"], "absent.yaml"),
+        (["restore"], "Missing argument"),
+        (["restore", "model.safetensors", "a.png"], "Missing option '--out'"),
+        (["restore", "absent.safetensors", "photos/a.png", "--out", "out"], "absent.safetensors"),
+        (["restore", "model.safetensors", "absent.png", "--out", "out"], "absent.png does not exist"),
+        (["restore", "model.safetensors", "photos", "--out", "photos"], "would overwrite photos/a.png"),
+        (["restore", "model.safetensors", "photos", "--out", "out", "--tile", "7"], "tile must be 0"),
+        (["restore", "photos/a.png", "photos", "--out", "out"], "photos/a.png"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, weights, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.run(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("restore-nets: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert captured.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_restore_writes_results_under_the_same_names(weights, photos, tmp_path, capsys):
+    out = tmp_path / "new" / "folder"
+    (photos / "notes.txt").write_text("no photo")
+    assert cli.run(["restore", str(weights), str(photos), "--out", str(out)]) == 0
+    assert read_image(out / "a.png").shape == (3, 33, 21)
+    assert read_image(out / "b.jpg").shape == (3, 24, 40)
+    output = capsys.readouterr().out.replace("\n", "")
+    assert "2 of 2 photos restored" in output
+    assert "1 other files ignored" in output
+    assert "notes.txt" in output
+
+
+def test_restore_reports_every_failure_and_restores_the_rest(weights, photos, tmp_path, capsys):
+    broken = photos / "a.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    out = tmp_path / "out"
+    assert cli.run(["restore", str(weights), str(photos), "--out", str(out)]) == 1
+    captured = capsys.readouterr()
+    assert "1 of 2 photos restored" in captured.out.replace("\n", "")
+    assert captured.err.count("\n") == 1
+    assert f"{broken} is not a readable image" in captured.err
+    assert [path.name for path in out.iterdir()] == ["b.jpg"]
+
+
+def test_interrupt(weights, photos, tmp_path, monkeypatch, capsys):
+    from restore_nets import restoring
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(restoring, "restore", interrupted)
+    assert cli.run(["restore", str(weights), str(photos), "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "restore-nets: interrupted\n"
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_train_then_restore(photos, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {json.dumps(TINY)}\ndata: {{photos: {photos}}}\n"
+        f"out: {tmp_path / 'run'}\nsteps: 2\nbatch: 1\ncrop: 16\n"
+    )
+    assert cli.run(["train", "--config", str(recipe)]) == 0
+    weights = tmp_path / "run" / "model.safetensors"
+    assert str(weights) in capsys.readouterr().out
+    assert cli.run(["train", "--config", str(recipe)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert cli.run(["train", "--config", str(recipe), "--resume"]) == 0
+    assert cli.run(["restore", str(weights), str(photos / "a.png"), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_development_mode_shows_the_traceback(tmp_path):
+    command = [sys.executable, "-X", "dev", "-W", "ignore", "-m", "restore_nets.cli"]
+    result = subprocess.run(
+        [*command, "restore", "m.safetensors", "absent.png", "--out", str(tmp_path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "Traceback" in result.stderr

@@ -1,0 +1,234 @@
+"""The demonstration in small: what it writes, what it keeps unseen, and that its checks can fail."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from scipy.ndimage import median_filter as scipy_median_filter
+
+import restore_kernels
+import restore_kernels.nn
+from restore_nets import cli, demo, figures, load_model
+from restore_nets.images import read_image, write_image
+from restore_nets.kernel_checks import AttentionSize, follow_losses, time_attention
+from restore_nets.restoring import restore
+from restore_nets.training import Trainer
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """The whole demonstration in a second or two."""
+    options = {"dim": 4, "num_blocks": [1, 1, 1, 1], "heads": [1, 1, 1, 1], "ffn_expansion": 1.0}
+    monkeypatch.setattr(demo, "MODEL", {"name": "ddsa", **options})
+    for name, value in {
+        "STEPS": 4,
+        "BATCH": 2,
+        "CROP": 16,
+        "REPEATED_STEPS": 3,
+        "SECONDS_PER_SIZE": 0.01,
+    }.items():
+        monkeypatch.setattr(demo, name, value)
+
+
+def photo(seed: int, height: int = 48, width: int = 56) -> torch.Tensor:
+    coarse = torch.rand(1, 3, 6, 7, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0]
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(6):
+        write_image(folder / f"{index}.png", photo(index))
+    return folder
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    for part in ("input", "target"):
+        (tmp_path / "pairs" / part).mkdir(parents=True)
+        for index in range(3):
+            write_image(
+                tmp_path / "pairs" / part / f"{index}.png", photo(index) * (1 if part == "input" else 0.8)
+            )
+    return tmp_path / "pairs"
+
+
+class References(HTMLParser):
+    """What a page would load."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.images = 0
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.images += tag == "img"
+        self.found += [
+            value for name, value in attributes if name.split(":")[-1] in ("src", "href", "srcset")
+        ]
+
+
+def test_writes_everything(photos, tmp_path, capsys):
+    out = tmp_path / "out" / "demo"
+    assert cli.run(["demo", "--photos", str(photos), "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "5.png", "loss.png", "model.safetensors", "report.html",
+    ]  # fmt: skip
+    assert "dB rainy" in capsys.readouterr().out
+    # Three pictures of 56 pixels and two gaps, under a caption.
+    assert read_image(out / "5.png").shape[2] == 3 * 56 + 2 * 8
+    restored = restore(load_model(out / "model.safetensors"), photo(0))
+    assert restored.shape == (3, 48, 56)
+
+    page = (out / "report.html").read_text()
+    references = References(page)
+    assert references.images == 6
+    outside = [x for x in references.found if not x.startswith(("data:", "#"))]
+    assert outside == []
+    assert "@import" not in page
+    assert "url(http" not in page
+    for text in ("Photos the network never saw", "PSNR", "follow eager", "speed-up", "--steps 4 --seed 0"):
+        assert text in page
+
+
+def test_shipped_photos_need_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "STEPS", 1)
+    result = demo.run(demo.Options(tmp_path), Console(quiet=True))
+    assert {r.name for r in result.results} == {"chelsea", "coffee", "rocket"}
+    assert result.mean("before", "psnr") < 25
+
+
+def test_pairs(pairs, tmp_path):
+    result = demo.run(demo.Options(tmp_path / "out", pairs=pairs), Console(quiet=True))
+    assert [r.name for r in result.results] == ["2.png"]
+    assert result.material.training == ["0.png", "1.png"]
+
+
+def test_same_seed_same_result(photos, tmp_path):
+    first, again, other = (
+        demo.run(demo.Options(tmp_path / str(n), photos=photos, seed=seed), Console(quiet=True))
+        for n, seed in enumerate((3, 3, 4))
+    )
+    assert first.losses == again.losses
+    assert first.gain == again.gain
+    assert first.losses != other.losses
+
+
+def test_eager_run_has_nothing_to_compare(photos, tmp_path):
+    with restore_kernels.use_backend("eager"):
+        result = demo.run(demo.Options(tmp_path / "out", photos=photos), Console(quiet=True))
+    assert result.agreement is None
+    assert "there is nothing to compare" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("count", "unseen"), [(2, 1), (6, 1), (10, 2), (100, 4)])
+def test_some_photos_stay_unseen(count, unseen, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        demo, "read_photos", lambda _: {f"{i:03}": torch.zeros(3, 20, 20).byte() for i in range(count)}
+    )
+    material = demo.prepare(demo.Options(tmp_path, photos=tmp_path))
+    assert len(material.unseen) == unseen
+    assert len(material.training) == count - unseen
+    assert not set(material.training) & {pair.name for pair in material.unseen}
+
+
+def test_one_photo_is_too_few(tmp_path):
+    write_image(tmp_path / "a.png", photo(0))
+    with pytest.raises(ValueError, match="must hold at least 2 photos"):
+        demo.prepare(demo.Options(tmp_path, photos=tmp_path))
+
+
+def test_seconds_become_steps(photos, tmp_path):
+    options = demo.Options(tmp_path, photos=photos)
+    material = demo.prepare(options)
+    few, many = (demo.steps_within(s, lambda: demo.make_trainer(material, options, 10)) for s in (1e-6, 100))
+    assert few == 1
+    assert many > 100
+
+
+def test_median_filter_is_that_of_scipy():
+    image = photo(0, 13, 17)
+    expected = scipy_median_filter(image.numpy(), size=(1, 3, 3), mode="nearest")
+    assert torch.equal(demo.median_filter(image), torch.from_numpy(expected))
+
+
+def test_busiest_window_finds_the_difference():
+    difference = torch.zeros(3, 100, 120)
+    difference[:, 60:70, 30:40] = -1
+    rows, columns = figures.busiest_window(difference, 40)
+    assert rows.start <= 60
+    assert rows.stop >= 70
+    assert columns.start <= 30
+    assert columns.stop >= 40
+    assert figures.busiest_window(torch.zeros(3, 10, 200), 40) == (slice(0, 10), slice(0, 40))
+
+
+def test_timing_compares_the_same_result():
+    times = time_attention(AttentionSize(2, 2, 8, 64, (None, 4)), torch.device("cpu"), seconds=0.01)
+    assert times.same
+    assert times.fused.median > 0
+
+
+def test_timing_notices_another_result(monkeypatch):
+    true = restore_kernels.topk_attention
+    monkeypatch.setattr(
+        "restore_nets.kernel_checks.topk_attention", lambda *args, **options: 1.01 * true(*args, **options)
+    )
+    assert not time_attention(AttentionSize(2, 2, 8, 64, (None, 4)), torch.device("cpu"), 0.01).same
+
+
+class ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 1.01 * gradient
+
+
+def scaled_gradient_of_v(q, k, v, topk, **options):
+    return restore_kernels.topk_attention(q, k, ScaledGradient.apply(v), topk, **options)
+
+
+def one_entry_too_few(q, k, v, topk, **options):
+    kept = [k if k is None else k - 1 for k in topk]
+    return restore_kernels.topk_attention(q, k, v, kept, **options)
+
+
+def constant_weights(q, k, v, topk, *, weights, **options):
+    return restore_kernels.topk_attention(q, k, v, topk, weights=weights.detach(), **options)
+
+
+@pytest.mark.parametrize(
+    ("attention", "passes"),
+    [
+        (restore_kernels.topk_attention, True),
+        (scaled_gradient_of_v, False),
+        (one_entry_too_few, False),
+        (constant_weights, False),
+    ],
+)
+def test_losses_of_a_wrong_kernel_do_not_follow_eager(attention, passes, photos, tmp_path, monkeypatch):
+    options = demo.Options(tmp_path, photos=photos)
+    material = demo.prepare(options)
+
+    def make_trainer() -> Trainer:
+        return demo.make_trainer(material, options, 40)
+
+    steps = 12
+    with monkeypatch.context() as patch:
+        patch.setattr(restore_kernels.nn, "topk_attention", attention)
+        trainer = make_trainer()
+        trainer.train(until=steps)
+    calls = []
+    agreement = follow_losses(trainer.losses, make_trainer, "cpu", lambda: calls.append(1))
+    assert len(calls) == 3 * steps
+    assert agreement.passed == passes
