@@ -86,13 +86,13 @@ void load_rows(const Image<const S>& image, int64_t n, int64_t count, Matrix<T> 
 
 // Of the first head only: with several heads in a tile the products dwarf the transfers.
 template <typename S>
-Prefetch<S> prefetch(const Image<S>& image, int64_t n, int64_t count) {
-  return {image.first_head(n), image.channels, count};
+Prefetch<S> prefetch(const Image<S>& image, int64_t n, int64_t count, int64_t calls) {
+  return {image.first_head(n), image.channels, count, calls};
 }
 
 template <typename S>
-Prefetch<S, true> prefetch_for_writing(const Image<S>& image, int64_t n, int64_t count) {
-  return {image.first_head(n), image.channels, count};
+Prefetch<S, true> prefetch_for_writing(const Image<S>& image, int64_t n, int64_t count, int64_t calls) {
+  return {image.first_head(n), image.channels, count, calls};
 }
 
 // Transposed: pixels become the rows of the tile.
@@ -101,10 +101,17 @@ void load_columns(const Image<const S>& image, int64_t n, int64_t count, Matrix<
   load_rows<S, T>(image, n, count, tile.transposed());
 }
 
-template <typename S, typename T>
-void store_rows(const Image<S>& image, int64_t n, int64_t count, Matrix<const T> tile) {
+// product(target) makes the rows of a tile, in the image itself where its pixels are contiguous and of
+// the accumulation type, otherwise in `scratch`, from where they are stored.
+template <typename S, typename T, typename F>
+void write_rows(const Image<S>& image, int64_t n, int64_t count, Matrix<T> scratch, F product) {
+  if constexpr (std::is_same_v<S, T>) {
+    const bool one_matrix = image.heads == 1 || image.head_stride == image.channels * image.channel_stride;
+    if (image.pixel_stride == 1 && one_matrix) return product(image.first_head(n));
+  }
+  product(scratch);
   image.each_head(n, [&](int64_t row, Matrix<S> target) {
-    copy_tile<T, S>(tile.from(row, 0), target, image.channels, count);
+    copy_tile<T, S>(scratch.from(row, 0), target, image.channels, count);
   });
 }
 

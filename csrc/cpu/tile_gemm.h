@@ -28,6 +28,17 @@ struct Matrix {  // element (i, j) at data[i * row + j * col]
   operator Matrix<const T>() const { return {data, row, col}; }
 };
 
+// What is added to a product: row i of `matrix` times scale[i] (1 without scale); nothing without data.
+template <typename T>
+struct Addend {
+  Matrix<const T> matrix{nullptr, 0};
+  const T* scale = nullptr;
+
+  Addend from(int64_t i, int64_t j) const {
+    return {matrix.data ? matrix.from(i, j) : matrix, scale ? scale + i : nullptr};
+  }
+};
+
 namespace gemm {
 
 // Accumulators, a row of B and one broadcast element fit the register file: 32 registers with
@@ -37,13 +48,14 @@ constexpr int kRows = 8, kVectors = 3;
 #else
 constexpr int kRows = 4, kVectors = 3;
 #endif
+constexpr int64_t kStretch = 48;  // steps of the inner loop between two calls of `idle`
 constexpr int kRemainder = 2;  // row blocks of 2, then single rows, finish what kRows leaves
 
 // `full`: the last vector of a row is whole; otherwise only its first `last` elements exist. It must be
 // known at compile time: where it is not, the compiler keeps the accumulators in memory.
-template <typename T, int rows, int vectors, bool full>
+template <typename T, int rows, int vectors, bool full, typename Idle>
 inline __attribute__((always_inline)) void micro_kernel(
-    Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t depth, bool accumulate, int64_t last) {
+    Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t depth, Addend<T> addend, int64_t last, Idle& idle) {
   using Vec = at::vec::Vectorized<T>;
   auto load = [last](const T* p, int v) {
     return (full || v + 1 < vectors) ? Vec::loadu(p + v * Vec::size()) : Vec::loadu(p + v * Vec::size(), last);
@@ -53,60 +65,81 @@ inline __attribute__((always_inline)) void micro_kernel(
     for (int v = 0; v < vectors; ++v) sum[i][v] = Vec(T(0));
   const T* b_row = b.data;
   const T* a_column = a.data;
-  for (int64_t k = 0; k < depth; ++k, b_row += b.row, a_column += a.col) {
-    Vec b_k[vectors];
-    for (int v = 0; v < vectors; ++v) b_k[v] = load(b_row, v);
-    for (int i = 0; i < rows; ++i) {
-      const Vec a_ik(a_column[i * a.row]);
-      for (int v = 0; v < vectors; ++v) sum[i][v] = at::vec::fmadd(a_ik, b_k[v], sum[i][v]);
+  for (int64_t begin = 0; begin < depth; begin += kStretch) {
+    const int64_t end = std::min(depth, begin + kStretch);
+    for (int64_t k = begin; k < end; ++k, b_row += b.row, a_column += a.col) {
+      Vec b_k[vectors];
+      for (int v = 0; v < vectors; ++v) b_k[v] = load(b_row, v);
+      for (int i = 0; i < rows; ++i) {
+        const Vec a_ik(a_column[i * a.row]);
+        for (int v = 0; v < vectors; ++v) sum[i][v] = at::vec::fmadd(a_ik, b_k[v], sum[i][v]);
+      }
     }
+    idle();
   }
+  // Added at the end, not started from: long sums are then sums of short ones, which round less.
+  if (addend.matrix.data)
+    for (int i = 0; i < rows; ++i) {
+      const Vec scale(addend.scale ? addend.scale[i] : T(1));
+      for (int v = 0; v < vectors; ++v)
+        sum[i][v] = at::vec::fmadd(scale, load(addend.matrix.data + i * addend.matrix.row, v), sum[i][v]);
+    }
   for (int i = 0; i < rows; ++i)
     for (int v = 0; v < vectors; ++v) {
       T* p = c.data + i * c.row + v * Vec::size();
-      // Added at the end, not started from: long sums are then sums of short ones, which round less.
-      if (accumulate) sum[i][v] = load(c.data + i * c.row, v) + sum[i][v];
       if (full || v + 1 < vectors) sum[i][v].store(p);
       else sum[i][v].store(p, last);
     }
 }
 
 template <typename T, int vectors, bool full, typename Idle>
-void row_blocks(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t depth, bool accumulate,
-                int64_t last, Idle& idle) {
+void row_blocks(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t depth,
+                Addend<T> addend, int64_t last, Idle& idle) {
   int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows) {
-    micro_kernel<T, kRows, vectors, full>(a.from(i, 0), b, c.from(i, 0), depth, accumulate, last);
-    idle();
-  }
+  for (; i + kRows <= rows; i += kRows)
+    micro_kernel<T, kRows, vectors, full>(a.from(i, 0), b, c.from(i, 0), depth, addend.from(i, 0), last, idle);
   for (; i + kRemainder <= rows; i += kRemainder)
-    micro_kernel<T, kRemainder, vectors, full>(a.from(i, 0), b, c.from(i, 0), depth, accumulate, last);
+    micro_kernel<T, kRemainder, vectors, full>(a.from(i, 0), b, c.from(i, 0), depth, addend.from(i, 0), last, idle);
   for (; i < rows; ++i)
-    micro_kernel<T, 1, vectors, full>(a.from(i, 0), b, c.from(i, 0), depth, accumulate, last);
+    micro_kernel<T, 1, vectors, full>(a.from(i, 0), b, c.from(i, 0), depth, addend.from(i, 0), last, idle);
 }
 
 }  // namespace gemm
+
+template <typename T>
+int64_t idle_calls(int64_t rows, int64_t columns, int64_t depth) {
+  constexpr int64_t panel = gemm::kVectors * at::vec::Vectorized<T>::size();
+  return std::max<int64_t>(1, rows / gemm::kRows * (columns / panel) * (depth / gemm::kStretch));
+}
 
 struct NoIdle {
   void operator()() const {}
 };
 
-// c (+)= a b with a (rows x depth), b (depth x columns), c (rows x columns); b.col == c.col == 1.
-// `idle` is called between blocks of the product: the memory system has time for something else then.
+// c = a b + addend, with a (rows x depth), b (depth x columns), c and addend (rows x columns), and
+// b.col == c.col == addend.matrix.col == 1. The addend may be c itself.
+// `idle` is called idle_calls() times or more, evenly: the memory system has time for something else.
 template <typename T, typename Idle = NoIdle>
 void multiply(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns, int64_t depth,
-              bool accumulate, Idle&& idle = {}) {
+              Addend<T> addend = {}, Idle&& idle = {}) {
   constexpr int64_t width = at::vec::Vectorized<T>::size(), panel = gemm::kVectors * width;
   int64_t j = 0;
   for (; j + panel <= columns; j += panel)
-    gemm::row_blocks<T, gemm::kVectors, true>(a, b.from(0, j), c.from(0, j), rows, depth, accumulate, width, idle);
+    gemm::row_blocks<T, gemm::kVectors, true>(a, b.from(0, j), c.from(0, j), rows, depth, addend.from(0, j), width, idle);
   for (; j < columns; j += width) {
     const int64_t last = std::min(width, columns - j);
     if (last == width)
-      gemm::row_blocks<T, 1, true>(a, b.from(0, j), c.from(0, j), rows, depth, accumulate, last, idle);
+      gemm::row_blocks<T, 1, true>(a, b.from(0, j), c.from(0, j), rows, depth, addend.from(0, j), last, idle);
     else
-      gemm::row_blocks<T, 1, false>(a, b.from(0, j), c.from(0, j), rows, depth, accumulate, last, idle);
+      gemm::row_blocks<T, 1, false>(a, b.from(0, j), c.from(0, j), rows, depth, addend.from(0, j), last, idle);
   }
+}
+
+// c += a b
+template <typename T, typename Idle = NoIdle>
+void multiply_add(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns, int64_t depth,
+                  Idle&& idle = {}) {
+  multiply<T>(a, b, c, rows, columns, depth, {c}, idle);
 }
 
 }  // namespace CPU_CAPABILITY

@@ -96,14 +96,16 @@ void copy_tile(Matrix<const S> source, Matrix<T> target, int64_t rows, int64_t c
 template <typename S, bool write = false>
 class Prefetch {
  public:
-  Prefetch(Matrix<S> tile, int64_t rows, int64_t columns)
+  // The whole tile will have been asked for after `calls` calls.
+  Prefetch(Matrix<S> tile, int64_t rows, int64_t columns, int64_t calls)
       : tile_(tile.col == 1 ? tile : tile.transposed()), rows_(tile.col == 1 ? rows : columns),
         columns_(tile.col == 1 ? columns : rows) {
     if (tile_.col != 1) rows_ = 0;  // no contiguous lines to ask for
+    lines_per_call_ = (rows_ * ((columns_ + kLine - 1) / kLine) + calls - 1) / calls;
   }
 
   void operator()() {
-    for (int64_t i = 0; i < kLinesPerCall && row_ < rows_; ++i) {
+    for (int64_t i = 0; i < lines_per_call_ && row_ < rows_; ++i) {
       __builtin_prefetch(tile_.data + row_ * tile_.row + column_, write, kIntoL2);
       column_ += kLine;
       if (column_ >= columns_) column_ = 0, ++row_;
@@ -113,26 +115,47 @@ class Prefetch {
  private:
   static constexpr int64_t kLine = 64 / sizeof(S);
   static constexpr int kIntoL2 = 2;
-  static constexpr int64_t kLinesPerCall = 20;
   Matrix<S> tile_;
-  int64_t rows_, columns_, row_ = 0, column_ = 0;
+  int64_t rows_, columns_, lines_per_call_, row_ = 0, column_ = 0;
 };
 
-// sum[i] += sum of squares of row i.
+// sum[i] += sum of squares of row i. Several rows at a time: one alone would wait for its own additions.
 template <typename T>
 void add_squares(Matrix<const T> rows, T* sum, int64_t count, int64_t length) {
   using Vec = at::vec::Vectorized<T>;
-  for (int64_t i = 0; i < count; ++i)
-    sum[i] += at::vec::map_reduce_all<T>([](Vec x) { return x * x; }, [](Vec x, Vec y) { return x + y; },
-                                         rows.data + i * rows.row, length);
+  constexpr int64_t kRows = 4;
+  for (int64_t i = 0; i < count; i += kRows) {
+    const int64_t height = std::min(kRows, count - i);
+    Vec total[kRows] = {Vec(T(0)), Vec(T(0)), Vec(T(0)), Vec(T(0))};
+    for (int64_t j = 0; j < length; j += Vec::size()) {
+      const int64_t width = std::min<int64_t>(Vec::size(), length - j);
+      for (int64_t r = 0; r < height; ++r) {
+        const T* p = rows.data + (i + r) * rows.row + j;
+        const Vec x = width == Vec::size() ? Vec::loadu(p) : Vec::loadu(p, width);
+        total[r] = at::vec::fmadd(x, x, total[r]);
+      }
+    }
+    for (int64_t r = 0; r < height; ++r)
+      sum[i + r] += at::vec::vec_reduce_all<T>([](Vec a, Vec b) { return a + b; }, total[r]);
+  }
 }
 
 // sum[j] += sum of squares of column j.
 template <typename T>
 void add_column_squares(Matrix<const T> rows, T* sum, int64_t count, int64_t columns) {
   using Vec = at::vec::Vectorized<T>;
-  for (int64_t i = 0; i < count; ++i)
-    at::vec::map2([](Vec total, Vec x) { return at::vec::fmadd(x, x, total); }, sum, sum, rows.data + i * rows.row, columns);
+  for (int64_t j = 0; j < columns; j += Vec::size()) {
+    const int64_t width = std::min<int64_t>(Vec::size(), columns - j);
+    Vec even(T(0)), odd(T(0));
+    auto square = [&](int64_t i, Vec& total) {
+      const T* p = rows.data + i * rows.row + j;
+      const Vec x = width == Vec::size() ? Vec::loadu(p) : Vec::loadu(p, width);
+      total = at::vec::fmadd(x, x, total);
+    };
+    for (int64_t i = 0; i + 1 < count; i += 2) square(i, even), square(i + 1, odd);
+    if (count % 2) square(count - 1, even);
+    (Vec::loadu(sum + j, width) + even + odd).store(sum + j, width);
+  }
 }
 
 }  // namespace CPU_CAPABILITY

@@ -112,7 +112,7 @@ struct Problem {
       for (int64_t bh = begin; bh < end; ++bh) {
         const int64_t b = bh / heads, column = bh % heads * channels;
         multiply<T>({projection + column, rows_in()}, {mixture + bh * square(), channels},
-                    {folded + b * rows_out() * rows_in() + column, rows_in()}, rows_out(), channels, channels, false);
+                    {folded + b * rows_out() * rows_in() + column, rows_in()}, rows_out(), channels, channels);
       }
     });
   }
@@ -135,8 +135,10 @@ void gram_and_norms(const Problem<T>& p, const Tensor& q, const Tensor& k, T* si
         const Matrix<T> rows{q_tile.get(), division.tile}, columns{k_tile.get(), C};  // C x tile, tile x C
         load_rows<S, T>(q_image, n, count, rows);
         load_columns<S, T>(k_image, n, count, columns);
-        auto next_q = prefetch(q_image, n + count, division.after(n)), next_k = prefetch(k_image, n + count, division.after(n));
-        multiply<T>(rows, columns, {gram, C}, C, C, count, true, [&] { next_q(); next_k(); });
+        const int64_t calls = idle_calls<T>(C, C, count);
+        auto next_q = prefetch(q_image, n + count, division.after(n), calls);
+        auto next_k = prefetch(k_image, n + count, division.after(n), calls);
+        multiply_add<T>(rows, columns, {gram, C}, C, C, count, [&] { next_q(); next_k(); });
         if (p.normalize) {
           add_squares<T>(rows, gram + C * C, C, count);
           add_column_squares<T>(columns, gram + C * C + C, count, C);
@@ -154,10 +156,10 @@ void gram_and_norms(const Problem<T>& p, const Tensor& q, const Tensor& k, T* si
         norm[i] = p.normalize ? std::max<T>(std::sqrt(sum[C * C + i]), T(kNormFloor)) : T(1);
       for (int64_t i = 0; i < C; ++i)
         for (int64_t j = 0; j < C; ++j) {
-          // One quotient, so that a single pixel gives exactly 1 or -1, tied as it should be.
-          const T a = sum[i * C + j] / (norm[i] * norm[C + j]);
-          // Norms that overflow make inf / inf; such a row has the normalised value 0.
-          similarity[(bh * C + i) * C + j] = p.normalize && !std::isfinite(a) ? T(0) : a;
+          // One quotient, so that a single pixel gives exactly 1 or -1, tied as it should be. Where
+          // norms overflow, x / |x| is 0, not inf / inf; NaN stays NaN.
+          const T norm_ij = norm[i] * norm[C + j];
+          similarity[(bh * C + i) * C + j] = std::isinf(norm_ij) ? T(0) : sum[i * C + j] / norm_ij;
         }
     }
   });
@@ -189,13 +191,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem<T>& p, const Tensor& q,
       const auto v_image = p.out_proj ? all_heads<const S>(v, group) : one_head<const S>(v, group / p.heads, group % p.heads);
       const auto out_image = p.out_proj ? projected<S>(out, group) : one_head<S>(out, group / p.heads, group % p.heads);
       division.tiles(task % division.chunks, [&](int64_t n, int64_t count) {
-        const Matrix<T> source{v_tile.get(), division.tile}, target{out_tile.get(), division.tile};
+        const Matrix<T> source{v_tile.get(), division.tile}, scratch{out_tile.get(), division.tile};
         load_rows<S, T>(v_image, n, count, source);
-        auto next_v = prefetch(v_image, n + count, division.after(n));
-        auto this_out = prefetch_for_writing(out_image, n, count);
-        multiply<T>({matrix + group * rows_out * in, in}, source, target, rows_out, count, in, false,
-                    [&] { next_v(); this_out(); });
-        store_rows<S, T>(out_image, n, count, target);
+        const int64_t calls = idle_calls<T>(rows_out, count, in);
+        auto next_v = prefetch(v_image, n + count, division.after(n), calls);
+        write_rows<S, T>(out_image, n, count, scratch, [&](Matrix<T> target) {
+          multiply<T>({matrix + group * rows_out * in, in}, source, target, rows_out, count, in, {},
+                      next_v);
+        });
       });
     }
   });
@@ -219,15 +222,18 @@ void backward_values(const Problem<T>& p, const Tensor& grad_out, const Tensor& 
       T* partial = partials.get() + task * size;
       std::fill_n(partial, size, T(0));
       division.tiles(task % division.chunks, [&](int64_t n, int64_t count) {
-        const Matrix<T> rows{do_tile.get(), division.tile}, columns{v_tile.get(), in}, dv{dv_tile.get(), division.tile};
+        const Matrix<T> rows{do_tile.get(), division.tile}, columns{v_tile.get(), in}, scratch{dv_tile.get(), division.tile};
         load_rows<S, T>(do_image, n, count, rows);
         load_columns<S, T>(v_image, n, count, columns);
-        auto next_do = prefetch(do_image, n + count, division.after(n)), next_v = prefetch(v_image, n + count, division.after(n));
-        auto this_dv = prefetch_for_writing(dv_image, n, count);
-        multiply<T>(rows, columns, {partial, in}, rows_out, in, count, true, [&] { next_do(); next_v(); });
-        multiply<T>(Matrix<const T>{matrix + group * size, in}.transposed(), rows, dv, in, count, rows_out, false,
-                    [&] { this_dv(); next_do(); next_v(); });
-        store_rows<S, T>(dv_image, n, count, dv);
+        auto this_dv = prefetch_for_writing(dv_image, n, count, idle_calls<T>(rows_out, in, count));
+        const int64_t calls = idle_calls<T>(in, count, rows_out);
+        auto next_do = prefetch(do_image, n + count, division.after(n), calls);
+        auto next_v = prefetch(v_image, n + count, division.after(n), calls);
+        multiply_add<T>(rows, columns, {partial, in}, rows_out, in, count, this_dv);
+        write_rows<S, T>(dv_image, n, count, scratch, [&](Matrix<T> dv) {
+          multiply<T>(Matrix<const T>{matrix + group * size, in}.transposed(), rows, dv, in, count, rows_out, {},
+                      [&] { next_do(); next_v(); });
+        });
       });
     }
   });
@@ -247,10 +253,11 @@ void unfold(const Problem<T>& p, const T* grad_matrix, const T* projection, cons
       for (int64_t b = 0; b < p.batch; ++b) {
         const int64_t bh = b * p.heads + h, column = h * C;
         const Matrix<const T> grad{grad_matrix + b * rows_out * in + column, in}, w{projection + column, in};
-        multiply<T>(w.transposed(), grad, {grad_mixture + bh * C * C, C}, C, C, rows_out, false);
+        multiply<T>(w.transposed(), grad, {grad_mixture + bh * C * C, C}, C, C, rows_out);
         std::vector<T> mixture_transposed(C * C);
         copy_tile<T, T>(Matrix<const T>{mixture + bh * C * C, C}.transposed(), {mixture_transposed.data(), C}, C, C);
-        multiply<T>(grad, {mixture_transposed.data(), C}, {grad_projection + column, in}, rows_out, C, C, b > 0);
+        const Matrix<T> target{grad_projection + column, in};
+        multiply<T>(grad, {mixture_transposed.data(), C}, target, rows_out, C, C, b > 0 ? Addend<T>{target} : Addend<T>{});
       }
   });
 }
@@ -294,17 +301,6 @@ void backward_scores(const Problem<T>& p, const T* similarity, const T* norms, c
   });
 }
 
-// target = diagonal * own + matrix other, all of one tile.
-template <typename T, typename Idle>
-void diagonal_and_product(const T* diagonal, Matrix<const T> own, Matrix<const T> matrix, Matrix<const T> other,
-                          Matrix<T> target, int64_t rows, int64_t columns, Idle idle) {
-  using Vec = at::vec::Vectorized<T>;
-  for (int64_t i = 0; i < rows; ++i)
-    at::vec::map([d = Vec(diagonal[i])](Vec x) { return d * x; }, target.data + i * target.row, own.data + i * own.row,
-                 columns);
-  multiply<T>(matrix, other, target, rows, columns, rows, true, idle);
-}
-
 template <typename S, typename T>
 void backward_queries_keys(const Problem<T>& p, const Tensor& q, const Tensor& k, const T* e, const T* diagonals,
                            const Tensor& grad_q, const Tensor& grad_k) {
@@ -313,7 +309,7 @@ void backward_queries_keys(const Problem<T>& p, const Tensor& q, const Tensor& k
   at::parallel_for(0, groups * division.chunks, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> q_scratch(C * division.tile), k_scratch(C * division.tile), grad_scratch(C * division.tile);
     const Matrix<T> q_tile{q_scratch.get(), division.tile}, k_tile{k_scratch.get(), division.tile},
-        grad_tile{grad_scratch.get(), division.tile};
+        scratch{grad_scratch.get(), division.tile};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t bh = task / division.chunks, b = bh / p.heads, h = bh % p.heads;
       const auto q_image = one_head<const S>(q, b, h), k_image = one_head<const S>(k, b, h);
@@ -323,13 +319,17 @@ void backward_queries_keys(const Problem<T>& p, const Tensor& q, const Tensor& k
       division.tiles(task % division.chunks, [&](int64_t n, int64_t count) {
         load_rows<S, T>(q_image, n, count, q_tile);
         load_rows<S, T>(k_image, n, count, k_tile);
-        auto next_q = prefetch(q_image, n + count, division.after(n)), next_k = prefetch(k_image, n + count, division.after(n));
-        auto this_dq = prefetch_for_writing(dq_image, n, count), this_dk = prefetch_for_writing(dk_image, n, count);
-        diagonal_and_product<T>(diagonal, q_tile, e_head, k_tile, grad_tile, C, count, [&] { this_dq(); next_q(); });
-        store_rows<S, T>(dq_image, n, count, grad_tile);
-        diagonal_and_product<T>(diagonal + C, k_tile, e_head.transposed(), q_tile, grad_tile, C, count,
-                                [&] { this_dk(); next_q(); next_k(); });
-        store_rows<S, T>(dk_image, n, count, grad_tile);
+        const int64_t calls = idle_calls<T>(C, count, C);
+        auto next_q = prefetch(q_image, n + count, division.after(n), calls);
+        auto next_k = prefetch(k_image, n + count, division.after(n), calls);
+        auto this_dk = prefetch_for_writing(dk_image, n, count, calls);
+        write_rows<S, T>(dq_image, n, count, scratch, [&](Matrix<T> dq) {
+          multiply<T>(e_head, k_tile, dq, C, count, C, {q_tile, diagonal}, [&] { this_dk(); next_q(); });
+        });
+        write_rows<S, T>(dk_image, n, count, scratch, [&](Matrix<T> dk) {
+          multiply<T>(e_head.transposed(), q_tile, dk, C, count, C, {k_tile, diagonal + C},
+                      next_k);
+        });
       });
     }
   });

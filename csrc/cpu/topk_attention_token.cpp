@@ -83,7 +83,7 @@ struct PackedKeys {
   void scores(const Tensor& q, int64_t b, int64_t h, int64_t n, int64_t count, T* target) {
     copy_tile<S, T>(head<const S>(q, b, h).from(n, 0), query_units(), count, p.depth);
     normalize_rows<T>(query_units(), query_norms.get(), count, p.depth, p.normalize);
-    multiply<T>(query_units(), {columns.get(), p.keys}, {target, p.keys}, count, p.keys, p.depth, false);
+    multiply<T>(query_units(), {columns.get(), p.keys}, {target, p.keys}, count, p.keys, p.depth);
     at::vec::map([t = p.scale(b, h)](Vec<T> x) { return Vec<T>(t) * x; }, target, target, count * p.keys);
   }
 };
@@ -107,7 +107,7 @@ void forward_task(const TokenProblem<T>& p, PackedKeys<S, T>& keys, const T* val
       else row.each([&](int64_t index, T share) { add_scaled(share, values + index * p.width, out_row, p.width); });
     }
     if (p.dense_product)
-      multiply<T>({scores.get(), p.keys}, {values, p.width}, {out_block.get(), p.width}, count, p.width, p.keys, false);
+      multiply<T>({scores.get(), p.keys}, {values, p.width}, {out_block.get(), p.width}, count, p.width, p.keys);
     copy_tile<T, S>({out_block.get(), p.width}, head<S>(out, b, h).from(n, 0), count, p.width);
   }
 }
@@ -180,15 +180,15 @@ class BackwardTask {
   template <typename Statistics>
   void dense_block(int64_t b, int64_t h, int64_t count, Statistics statistics, const Gradients<T>& grads) {
     const Matrix<T> grad_out{grad_out_block.get(), p.width}, ds{grad_scores.get(), p.keys}, mixed{scores.get(), p.keys};
-    multiply<T>(grad_out, {value_columns.get(), p.keys}, ds, count, p.keys, p.width, false);
+    multiply<T>(grad_out, {value_columns.get(), p.keys}, ds, count, p.keys, p.width);
     for (int64_t i = 0; i < count; ++i) {
       statistics(i);
       row.dense(scores.get() + i * p.keys, grad_scores.get() + i * p.keys, mixture.get(), b, h, grads.weights);
     }
     scale_queries(b, h, count);
-    multiply<T>(ds, keys.units(), {grad_q_block.get(), p.depth}, count, p.depth, p.keys, false);
-    multiply<T>(ds.transposed(), {scaled_queries.data(), p.depth}, {grads.keys, p.depth}, p.keys, p.depth, count, true);
-    multiply<T>(mixed.transposed(), grad_out, {grads.values, p.width}, p.keys, p.width, count, true);
+    multiply<T>(ds, keys.units(), {grad_q_block.get(), p.depth}, count, p.depth, p.keys);
+    multiply_add<T>(ds.transposed(), {scaled_queries.data(), p.depth}, {grads.keys, p.depth}, p.keys, p.depth, count);
+    multiply_add<T>(mixed.transposed(), grad_out, {grads.values, p.width}, p.keys, p.width, count);
   }
 
   template <typename Statistics>

@@ -72,16 +72,12 @@ def topk_attention(
     weights = weights.to(dtype).expand(batch, heads, len(counts))
     temperature = temperature.to(dtype).expand(batch, heads, 1, 1).squeeze(-1).squeeze(-1)
 
-    with checks.no_autocast(q.device.type):
-        if layout == "channel":
-            inputs = (q, k, v, temperature, weights, out_proj, counts, normalize)
-            if chosen == "eager":
-                return reference.channel(*inputs)
-            return ChannelTopKAttention.apply(*inputs, chosen)[0]
-        inputs = (q, k, v, temperature, weights, counts, normalize)
-        if chosen == "eager":
-            return reference.token(*inputs)
-        return TokenTopKAttention.apply(*inputs, chosen)[0]
+    inputs = (q, k, v, temperature, weights, *((out_proj,) if layout == "channel" else ()), counts, normalize)
+    if chosen == "eager":
+        with checks.no_autocast(q.device.type):
+            return (reference.channel if layout == "channel" else reference.token)(*inputs)
+    function = ChannelTopKAttention if layout == "channel" else TokenTopKAttention
+    return function.apply(*inputs, chosen)[0]
 
 
 def _check(q, k, v, topk, weights, temperature, layout, out_proj) -> list[int]:

@@ -35,8 +35,8 @@ class ChannelTopKAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * 9
-        *grads, grad_out_proj = ChannelTopKAttentionBackward.apply(
-            grad_out, *ctx.saved_tensors, ctx.topk, ctx.normalize, ctx.backend
+        *grads, grad_out_proj = _run_backward(
+            ChannelTopKAttentionBackward, grad_out, *ctx.saved_tensors, ctx.topk, ctx.normalize, ctx.backend
         )
         out_proj = ctx.saved_tensors[5]
         grads.append(None if out_proj is None else grad_out_proj.to(out_proj.dtype))
@@ -91,8 +91,8 @@ class TokenTopKAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * 8
-        grads = TokenTopKAttentionBackward.apply(
-            grad_out, *ctx.saved_tensors, ctx.topk, ctx.normalize, ctx.backend
+        grads = _run_backward(
+            TokenTopKAttentionBackward, grad_out, *ctx.saved_tensors, ctx.topk, ctx.normalize, ctx.backend
         )
         return (*grads, None, None, None)
 
@@ -122,6 +122,13 @@ class TokenTopKAttentionBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any):
         return _map(TokenTopKAttentionBackward, info, in_dims, args, fold=True)
+
+
+def _run_backward(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
+    """The backward pass as a Function, or, where nothing could transform it, without the cost of one."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return function.forward(*args)
 
 
 def _raise_no_second_derivative(backend: str) -> None:

@@ -27,6 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from restore_kernels import native
 from restore_kernels.topk_attention.reference import accumulate_dtype
 
 BACKENDS = ("cpu", "triton")
@@ -148,10 +149,16 @@ for _name, _schema in _SCHEMAS.items():
     _library.impl(f"{_name}.triton", _triton(_name), "CompositeExplicitAutograd")
 
 
+# {(name, backend): operator}. Looking an overload up by name takes longer than calling it.
+_OVERLOADS = {
+    (name, backend): getattr(getattr(torch.ops.restore_kernels, name), backend)
+    for name in _SCHEMAS
+    for backend in BACKENDS
+}
+
+
 def overload(name: str, backend: str) -> torch._ops.OpOverload:
     """The operator ``restore_kernels::name`` of a backend, its library loaded."""
     if backend == "cpu":
-        from restore_kernels import native
-
         native.why_no_cpu_library()
-    return getattr(getattr(torch.ops.restore_kernels, name), backend)
+    return _OVERLOADS[name, backend]
