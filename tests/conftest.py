@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 pytest.register_assert_rewrite("conformance")
 
@@ -31,4 +32,6 @@ def pytest_configure(config: pytest.Config) -> None:
         triton_interpreter.mend_bfloat16()
     else:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # eager's products, deterministically
+    if hasattr(config, "workerinput"):  # pytest-xdist: the workers share the cores
+        torch.set_num_threads(1)
     os.environ.pop("RESTORE_KERNELS_BACKEND", None)  # the tests name their backends

@@ -49,7 +49,7 @@ TOKENS = (  # queries, keys, length of q and k, length of v
 def sizes() -> Iterable[Case]:
     for i, (channels, pixels) in enumerate(product(CHANNELS, PIXELS)):
         for dtype in (torch.float32, _turn((torch.bfloat16, torch.float64, torch.float16), i)):
-            batch, heads = _turn(((1, 1), (2, 3), (1, 2), (3, 1)), i)
+            batch, heads = _turn(((1, 2), (2, 3), (1, 1), (3, 1)), i)
             topk = BRANCHES[_turn(SPREAD, i, i // 7)](channels)
             shape = (batch, heads, channels, pixels)
             yield Case("channel", shape, topk, dtype, normalize=i % 3 != 0, temperature=(heads, 1, 1))

@@ -26,8 +26,8 @@ from torch import Tensor
 from restore_kernels import topk_attention
 from restore_kernels.topk_attention.ops import overload
 
-CHANNEL = Case("channel", (2, 2, 12, 30), (3, 7, 12), temperature=(2, 2, 1, 1), weights=(2, 2, 3))
-TOKEN = Case("token", (2, 2, 20, 12, 8, 9), (3, 7, 12), temperature=(2, 2, 1, 1), weights=(2, 2, 3))
+CHANNEL = Case("channel", (1, 2, 12, 30), (3, 7, 12), temperature=(1, 2, 1, 1), weights=(1, 2, 3))
+TOKEN = Case("token", (1, 2, 20, 12, 8, 9), (3, 7, 12), temperature=(1, 2, 1, 1), weights=(1, 2, 3))
 CASES = [
     replace(case, dtype=dtype, normalize=normalize, out_proj=out_proj, arrangements=(placed,) * 3)
     for case, out_proj, normalize, placed in (
