@@ -46,7 +46,7 @@ def test_iteration_ends_after_the_last_step():
 def exponents(crop: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
     """The gamma of each pixel in crop = original ** gamma, where it can be read off."""
     between = (original > 0.1) & (original < 0.9)
-    return crop[between].log() / original[between].log()
+    return crop[between].clamp(min=1e-6).log() / original[between].log()
 
 
 def test_crop_may_be_the_whole_photo_at_another_exposure():

@@ -24,6 +24,8 @@ Photos = Mapping[str, Tensor]  # name -> (3, H, W), uint8
 
 # Seeds of different purposes must not meet: the first entry of every seed sequence says which it is.
 _TRAINING_SEED, _RAIN_SEED = 0, 1
+# Mostly darker: it rains at dusk too, and streaks show most on what is dark.
+_GAMMA = (0.6, 2.2)
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Crops(Dataset[tuple[Tensor, Tensor]], ABC):
 
 
 class RainCrops(Crops):
-    """Crops of clean photos, mirrored at random, each in a new synthetic rain."""
+    """Crops of clean photos, mirrored and brightened or darkened at random, each in a new synthetic rain."""
 
     def __init__(self, photos: Photos, steps: int, batch: int, crop: int, seed: int) -> None:
         super().__init__({name: photo.shape[1:] for name, photo in photos.items()}, steps, batch, crop, seed)
@@ -90,7 +92,7 @@ class RainCrops(Crops):
     def _sample(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         photo = self.photos[rng.integers(len(self.photos))]
         rows, columns = self._window(photo.shape[1], photo.shape[2], rng)
-        clean = from_bytes(_mirrored(photo[:, rows, columns], rng))
+        clean = from_bytes(_mirrored(photo[:, rows, columns], rng)) ** float(rng.uniform(*_GAMMA))
         return add_rain(clean, random_rain(rng), rng), clean
 
 

@@ -42,7 +42,7 @@ from restore_nets.training import Trainer, TrainingConfig, available_device
 MODEL: Mapping[str, Any] = {
     "name": "ddsa", "dim": 16, "num_blocks": (1, 1, 1, 1), "heads": (1, 2, 4, 8), "ffn_expansion": 1.0,
 }  # fmt: skip
-STEPS, BATCH, CROP, LEARNING_RATE = 380, 8, 48, 2e-3
+STEPS, BATCH, CROP, LEARNING_RATE = 450, 8, 48, 2e-3
 
 METRIC = "derain"
 UNSEEN_SHARE, MOST_UNSEEN = 0.2, 4  # of the user's own photos
