@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -36,30 +37,34 @@ def read_image(path: Path) -> Tensor:
         OSError: the file cannot be opened.
         ValueError: it is no readable PNG or JPEG, or is truncated; the message names it.
     """
-    pixels = _read(path)[0]
+    with _opened(path) as image:
+        image.load()
+        pixels = _rgb(ImageOps.exif_transpose(image))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def read_colour_profile(path: Path) -> bytes | None:
     """The ICC profile that says which colours the file's numbers mean, if it has one."""
-    return _read(path)[1]
+    with _opened(path) as image:
+        return image.info.get("icc_profile")
 
 
-def _read(path: Path) -> tuple[np.ndarray, bytes | None]:
-    """Pixels (H, W, 3), float32 in [0, 1], and the ICC profile."""
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The file as Pillow's image, of which nothing is decoded yet. What fails in the block names it."""
     with path.open("rb") as file, warnings.catch_warnings():
         # Pillow warns of pictures beyond 89 megapixels; those beyond twice as many it refuses.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             with Image.open(file, formats=tuple(_SAVE_OPTIONS)) as image:
-                image.load()
-                return _rgb(ImageOps.exif_transpose(image)), image.info.get("icc_profile")
+                yield image
         except Exception as error:  # decoders of damaged files fail in many ways
             reason = "neither PNG nor JPEG" if isinstance(error, Image.UnidentifiedImageError) else error
             raise ValueError(f"{path} is not a readable image ({reason})") from error
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
+    """Pixels (H, W, 3), float32 in [0, 1]."""
     if image.mode.startswith("I"):  # 16-bit grey
         grey = np.asarray(image, dtype=np.float32) / np.float32(65535)
         return np.repeat(grey[..., None], 3, axis=2)

@@ -55,7 +55,7 @@ class TrainingConfig:
             raise ValueError(f"workers must not be negative; got {self.workers}")
 
 
-# What may differ between a run and its continuation, because the result does not depend on it.
+# What may differ between a run and its continuation: the result depends on it by rounding at most.
 _FREE = {"device", "workers"}
 
 
