@@ -17,9 +17,7 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def autocast(q: Any, *others: Any) -> tuple[Any, ...]:
     """The arguments as autocast, where it is on, casts those of a matrix product; all else passes."""
-    if not isinstance(q, Tensor) or not torch.amp.is_autocast_available(q.device.type):
-        return (q, *others)
-    if not torch.is_autocast_enabled(q.device.type):
+    if not isinstance(q, Tensor) or q.is_meta or not torch.is_autocast_enabled(q.device.type):
         return (q, *others)
     dtype = torch.get_autocast_dtype(q.device.type)
     narrow = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,9 +26,7 @@ def autocast(q: Any, *others: Any) -> tuple[Any, ...]:
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A block in which operations keep the dtypes they are given."""
-    if not torch.amp.is_autocast_available(device_type):  # the meta device
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def floating_tensor(name: str, x: Any, dims: Sequence[str]) -> None:
