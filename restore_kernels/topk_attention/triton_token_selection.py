@@ -1,0 +1,281 @@
+"""Scores of token attention, and the search for the largest of every row.
+
+The search is exact. It quarters a range of float32 numbers per pass, in the order of their bit
+patterns (monotonic as integers once negative ones are flipped): one pass counts the scores at or
+above the three quartiles of the range. It ends when as many scores as are kept lie at or above the
+lower end, after 8 to 11 passes on continuous data, or when the range holds one number, after at most
+16: then equal scores straddle the limit, and a running count finds the last one kept.
+
+token_select_kernel streams tiles of keys for that. It reads q once and k in every pass, from the L2
+cache (a head's k is small). Per score and pass that is 2 D operations on the tensor cores and about
+a dozen instructions elsewhere, which bound it: a 64 x 64 tile costs some 400 cycles of a
+multiprocessor, so N = M = 4096 takes some 90 us per head and branch in 12 passes on the 132
+multiprocessors of an H200.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from restore_kernels.topk_attention.triton_kernels import NORM_CLAMP, batch_and_head, load_tile, store_tile
+
+LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def load_rows(ptr, stride, rows, row_count, columns, column_count):
+    """Rows of one head's (rows, columns) matrix, zero outside."""
+    return load_tile(ptr, rows.to(tl.int64) * stride[2], rows < row_count, columns, column_count, stride[3])
+
+
+@triton.jit
+def store_rows(ptr, stride, tile, rows, row_count, columns, column_count):
+    """Writes what ``load_rows`` with the same arguments reads."""
+    store_tile(ptr, tile, rows.to(tl.int64) * stride[2], rows < row_count, columns, column_count, stride[3])
+
+
+@triton.jit
+def normalized(x, NORMALIZE: tl.constexpr, PRECISE: tl.constexpr):
+    """Operand of the score product, what to multiply the product with, and the norms, per row of x.
+
+    The norm divides the product and leaves the operand in its dtype, or with PRECISE the operand.
+    """
+    ones = tl.full([x.shape[0]], 1.0, tl.float32)
+    norms = ones
+    if NORMALIZE:
+        wide = x.to(tl.float32)
+        squares = tl.sum(wide * wide, axis=1)
+        roots = tl.sqrt_rn(squares) if PRECISE else tl.sqrt(squares)
+        norms = tl.maximum(roots, NORM_CLAMP, propagate_nan=tl.PropagateNan.ALL)
+    if PRECISE:
+        return tl.div_rn(x.to(tl.float32), norms[:, None]), ones, norms
+    else:
+        return x, 1.0 / norms, norms
+
+
+@triton.jit
+def load_queries(
+    q_ptr,
+    q_stride,
+    temperature,
+    offs_n,
+    queries,
+    offs_d,
+    depth,
+    NORMALIZE: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """A tile of queries: operand [BLOCK_N, BLOCK_D], scale of its scores, its own scale and norms."""
+    q = load_rows(q_ptr, q_stride, offs_n, queries, offs_d, depth)
+    q, q_scale, norms = normalized(q, NORMALIZE, PRECISE)
+    return q, temperature * q_scale, q_scale, norms
+
+
+@triton.jit
+def load_keys(k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE: tl.constexpr, PRECISE: tl.constexpr):
+    """A tile of keys: operand [BLOCK_M, BLOCK_D], its scale and norms."""
+    k = load_rows(k_ptr, k_stride, offs_m, keys, offs_d, depth)
+    return normalized(k, NORMALIZE, PRECISE)
+
+
+@triton.jit
+def score_tile(
+    q, row_scale, k, k_scale, offs_m, keys,
+    NORMALIZE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores [BLOCK_N, BLOCK_M], -inf for keys that are none, and the scores before row_scale."""
+    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if NORMALIZE and not PRECISE:
+        # What overflows belongs to an infinite norm, whose scale is 0. Norms carry NaN of the inputs.
+        products = tl.minimum(tl.maximum(products, -LARGEST), LARGEST)
+    products = products * k_scale[None, :]
+    scores = tl.where(offs_m[None, :] < keys, products * row_scale[:, None], float("-inf"))
+    return scores, products
+
+
+@triton.jit
+def scores_of_keys(
+    q, row_scale, k_ptr, k_stride, offs_m, keys, offs_d, depth,
+    NORMALIZE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    k, k_scale, norms = load_keys(k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE)
+    scores, products = score_tile(q, row_scale, k, k_scale, offs_m, keys, NORMALIZE, PRECISE, PRECISION)
+    return scores
+
+
+# --- search -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def to_key(x):
+    """The integer whose order among int32 is that of the float32 x; -0 counts as 0, which it equals."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def from_key(key):
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def middle(low, high):
+    """floor((low + high) / 2) without overflow."""
+    return (low & high) + ((low ^ high) >> 1)
+
+
+@triton.jit
+def count_reaching(scores, low, high):
+    """Per row how many scores reach the quartiles of [low, high): three 10-bit counts in one int32."""
+    second = middle(low, high)
+    first, third = from_key(middle(low, second)), from_key(middle(second, high))
+    second = from_key(second)
+    counts = tl.where(scores >= first[:, None], 1, 0)
+    counts += tl.where(scores >= second[:, None], 1 << 10, 0)
+    counts += tl.where(scores >= third[:, None], 1 << 20, 0)
+    return tl.sum(counts, axis=1)
+
+
+@triton.jit
+def raise_or_lower(low, high, at_low, at_high, edge, count, kept):
+    """One end of the range moves to edge, of which count scores are at or above."""
+    reached = count >= kept
+    low, at_low = tl.where(reached, edge, low), tl.where(reached, count, at_low)
+    falls = (count < kept) & (edge < high)
+    return low, tl.where(falls, edge, high), at_low, tl.where(falls, count, at_high)
+
+
+@triton.jit
+def narrow(low, high, at_low, at_high, first_count, second_count, third_count, kept):
+    """The quarter of [low, high) that holds the smallest kept score; counts at both of its ends."""
+    second = middle(low, high)
+    first, third = middle(low, second), middle(second, high)
+    low, high, at_low, at_high = raise_or_lower(low, high, at_low, at_high, first, first_count, kept)
+    low, high, at_low, at_high = raise_or_lower(low, high, at_low, at_high, second, second_count, kept)
+    return raise_or_lower(low, high, at_low, at_high, third, third_count, kept)
+
+
+@triton.jit
+def is_open(low, high, at_low, kept):
+    """Whether any row's search goes on."""
+    return tl.max(((at_low != kept) & (high > low + 1)).to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def range_of(scores, offs_m, keys):
+    """Smallest and largest score of each row."""
+    valid = tl.where(offs_m[None, :] < keys, scores, float("inf"))
+    return tl.min(valid, axis=1), tl.max(scores, axis=1)
+
+
+@triton.jit
+def selected_range(low, high, at_low, at_high, row_max, kept):
+    """What a finished search says, per row.
+
+    Returns: the lower end as a score; the score from which on everything is kept; whether equal
+    scores straddle the limit, so that only the first of them are kept; and the exponentials of those.
+    """
+    low_score = from_key(low)
+    straddled = at_low != kept
+    ties = (kept - at_high).to(tl.float32) * tl.exp(low_score - row_max)
+    bound = tl.where(straddled, from_key(high), low_score)
+    return low_score, bound, straddled, tl.where(straddled, ties, 0.0)
+
+
+@triton.jit
+def sum_of_kept(scores, bound, row_max):
+    """Sum of the exponentials of the scores from bound on; NaN if a score is NaN."""
+    exponentials = tl.exp(scores - row_max[:, None])
+    return tl.sum(tl.where(scores < bound[:, None], 0.0, exponentials), axis=1)
+
+
+@triton.jit
+def smallest_kept(scores, low_score, offs_m):
+    """Of the scores at or above low_score the smallest (inf if none), and its last index."""
+    smallest = tl.min(tl.where(scores >= low_score[:, None], scores, float("inf")), axis=1)
+    return smallest, tl.max(tl.where(scores == smallest[:, None], offs_m[None, :], -1), axis=1)
+
+
+@triton.jit
+def find_tie(scores, low_score, offs_m, seen, needed):
+    """Index of the needed-th score equal to low_score, -1 if not here; seen grows by those here."""
+    equal = (scores == low_score[:, None]).to(tl.int32)
+    is_it = (tl.cumsum(equal, axis=1) + seen[:, None] == needed[:, None]) & (equal > 0)
+    return tl.max(tl.where(is_it, offs_m[None, :], -1), axis=1), seen + tl.sum(equal, axis=1)
+
+
+@triton.jit(do_not_specialize=["kept", "branch"])
+def token_select_kernel(
+    q_ptr, k_ptr, temperature_ptr, threshold_ptr, last_tie_ptr, log_sum_exp_ptr,
+    q_stride, k_stride, temperature_stride, kept, branch, branches, heads, queries, keys, depth,
+    NORMALIZE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_N rows of one head, in one branch, which keeps ``kept`` scores of a row."""
+    tiles = tl.cdiv(queries, BLOCK_N)
+    batch, head, matrix = batch_and_head(tl.program_id(0) // tiles, heads)
+    offs_n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    q_ptr += batch * q_stride[0] + head * q_stride[1]
+    k_ptr += batch * k_stride[0] + head * k_stride[1]
+    temperature = tl.load(temperature_ptr + batch * temperature_stride[0] + head * temperature_stride[1])
+    q, row_scale, q_scale, norms = load_queries(
+        q_ptr, q_stride, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
+    )
+
+    row_max = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    row_min = tl.full([BLOCK_N], float("inf"), tl.float32)
+    for start in range(0, keys, BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        scores = scores_of_keys(
+            q, row_scale, k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE, PRECISION
+        )
+        tile_min, tile_max = range_of(scores, offs_m, keys)
+        row_min, row_max = tl.minimum(row_min, tile_min), tl.maximum(row_max, tile_max)
+
+    low, high = to_key(row_min), to_key(row_max) + 1
+    at_low = tl.zeros([BLOCK_N], tl.int32) + keys
+    at_high = tl.zeros([BLOCK_N], tl.int32)
+    while is_open(low, high, at_low, kept):
+        first = tl.zeros([BLOCK_N], tl.int32)
+        second = tl.zeros([BLOCK_N], tl.int32)
+        third = tl.zeros([BLOCK_N], tl.int32)
+        for start in range(0, keys, BLOCK_M):
+            offs_m = start + tl.arange(0, BLOCK_M)
+            scores = scores_of_keys(
+                q, row_scale, k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE, PRECISION
+            )
+            counts = count_reaching(scores, low, high)
+            first += counts & 1023
+            second += (counts >> 10) & 1023
+            third += counts >> 20
+        low, high, at_low, at_high = narrow(low, high, at_low, at_high, first, second, third, kept)
+
+    low_score, bound, straddled, total = selected_range(low, high, at_low, at_high, row_max, kept)
+    threshold = tl.full([BLOCK_N], float("inf"), tl.float32)
+    last_tie = tl.full([BLOCK_N], -1, tl.int32)
+    for start in range(0, keys, BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        scores = scores_of_keys(
+            q, row_scale, k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE, PRECISION
+        )
+        total += sum_of_kept(scores, bound, row_max)
+        smallest, last = smallest_kept(scores, low_score, offs_m)
+        last_tie = tl.where(smallest <= threshold, last, last_tie)
+        threshold = tl.minimum(threshold, smallest)
+    if tl.max(straddled.to(tl.int32), axis=0) > 0:
+        seen = tl.zeros([BLOCK_N], tl.int32)
+        for start in range(0, keys, BLOCK_M):
+            offs_m = start + tl.arange(0, BLOCK_M)
+            scores = scores_of_keys(
+                q, row_scale, k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE, PRECISION
+            )
+            tie, seen = find_tie(scores, low_score, offs_m, seen, kept - at_high)
+            last_tie = tl.where(straddled & (tie >= 0), tie, last_tie)
+
+    offsets = (matrix * queries + offs_n) * branches + branch
+    mask = offs_n < queries
+    tl.store(threshold_ptr + offsets, threshold, mask=mask)
+    tl.store(last_tie_ptr + offsets, last_tie, mask=mask)
+    tl.store(log_sum_exp_ptr + offsets, row_max + tl.log(total), mask=mask)
