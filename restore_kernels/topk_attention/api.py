@@ -72,12 +72,17 @@ def topk_attention(
     weights = weights.to(dtype).expand(batch, heads, len(counts))
     temperature = temperature.to(dtype).expand(batch, heads, 1, 1).squeeze(-1).squeeze(-1)
 
-    inputs = (q, k, v, temperature, weights, *((out_proj,) if layout == "channel" else ()), counts, normalize)
-    if chosen == "eager":
+    if layout == "channel":
+        channel_inputs = (q, k, v, temperature, weights, out_proj, counts, normalize)
+        if chosen != "eager":
+            return ChannelTopKAttention.apply(*channel_inputs, chosen)[0]
         with checks.no_autocast(q.device.type):
-            return (reference.channel if layout == "channel" else reference.token)(*inputs)
-    function = ChannelTopKAttention if layout == "channel" else TokenTopKAttention
-    return function.apply(*inputs, chosen)[0]
+            return reference.channel(*channel_inputs)
+    token_inputs = (q, k, v, temperature, weights, counts, normalize)
+    if chosen != "eager":
+        return TokenTopKAttention.apply(*token_inputs, chosen)[0]
+    with checks.no_autocast(q.device.type):
+        return reference.token(*token_inputs)
 
 
 def _check(q, k, v, topk, weights, temperature, layout, out_proj) -> list[int]:

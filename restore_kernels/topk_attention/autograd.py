@@ -39,8 +39,8 @@ class ChannelTopKAttention(torch.autograd.Function):
             ChannelTopKAttentionBackward, grad_out, *ctx.saved_tensors, ctx.topk, ctx.normalize, ctx.backend
         )
         out_proj = ctx.saved_tensors[5]
-        grads.append(None if out_proj is None else grad_out_proj.to(out_proj.dtype))
-        return (*grads, None, None, None)
+        grad_out_proj = None if out_proj is None else grad_out_proj.to(out_proj.dtype)
+        return (*grads, grad_out_proj, None, None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any):
