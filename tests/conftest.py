@@ -12,6 +12,8 @@ pytest.register_assert_rewrite("conformance")
 import conformance  # noqa: E402
 import triton_interpreter  # noqa: E402
 
+from restore_kernels.backends import NAMES  # noqa: E402
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -26,6 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     conformance.DEVICE = config.getoption("--device")
     conformance.REQUIRED = tuple(filter(None, config.getoption("--require-backends").split(",")))
+    if unknown := set(conformance.REQUIRED) - set(NAMES):
+        raise pytest.UsageError(f"--require-backends takes {', '.join(NAMES)}; got {', '.join(unknown)}")
     if conformance.DEVICE == "cpu":
         # Before anything imports Triton: interpreted and compiled kernels do not mix in one process.
         os.environ["TRITON_INTERPRET"] = "1"
