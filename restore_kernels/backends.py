@@ -13,6 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from restore_kernels import native
+
 NAMES = ("auto", "eager", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "RESTORE_KERNELS_BACKEND"
 
@@ -52,6 +57,28 @@ def requested(argument: str) -> str:
     if _requested:
         return _requested[-1]
     return check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+
+
+def candidates(operator: str) -> dict[str, WhyNot]:
+    """Which backends an operator has, best first, and when they cannot run a call; q comes first."""
+
+    def cuda(q: Tensor, *_: Tensor) -> str | None:
+        return f"{operator} has no CUDA C++ kernels in this version"
+
+    def cpu(q: Tensor, *_: Tensor) -> str | None:
+        if q.device.type != "cpu":
+            return f"it needs CPU tensors, got {q.device}"
+        return native.why_no_cpu_library()
+
+    def triton(q: Tensor, *_: Tensor) -> str | None:
+        if q.dtype == torch.float64:
+            return "it computes float32, bfloat16 and float16, got float64"
+        return native.why_no_triton(q.device.type, q.device.index)
+
+    def eager(q: Tensor, *_: Tensor) -> str | None:
+        return None
+
+    return {"cuda": cuda, "cpu": cpu, "triton": triton, "eager": eager}
 
 
 def choose(operator: str, candidates: Mapping[str, WhyNot], tensors: tuple[Any, ...], backend: str) -> str:

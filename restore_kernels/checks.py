@@ -34,7 +34,7 @@ def floating_tensor(name: str, x: Any, dims: Sequence[str]) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
     if x.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {_dtype(x)}")
+        raise TypeError(f"{name} must be {_names(FLOATING)}; got {_name(x.dtype)}")
     if x.dim() != len(dims):
         raise ValueError(f"{name} must have shape ({', '.join(dims)}); got {tuple(x.shape)}")
     if any(size == 0 for dim, size in zip(dims, x.shape, strict=True) if dim != "B"):
@@ -48,16 +48,18 @@ def like(name: str, x: Any, q: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} must have shape {shape} to fit q {tuple(q.shape)}; got {tuple(x.shape)}")
     if x.dtype != q.dtype:
-        raise TypeError(f"{name} must have q's dtype {_dtype(q)}; got {_dtype(x)}")
+        raise TypeError(f"{name} must have q's dtype {_name(q.dtype)}; got {_name(x.dtype)}")
     _same_device(name, x, q)
 
 
-def broadcastable(name: str, x: Any, q: Tensor, shape: tuple[int, ...]) -> None:
-    """A floating tensor on q's device that broadcasts to shape."""
+def broadcastable(
+    name: str, x: Any, q: Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype] = FLOATING
+) -> None:
+    """A tensor of one of the dtypes on q's device that broadcasts to shape."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
-    if x.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {_dtype(x)}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must be {_names(dtypes)}; got {_name(x.dtype)}")
     fits = x.dim() <= len(shape) and all(
         have in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
     )
@@ -66,10 +68,52 @@ def broadcastable(name: str, x: Any, q: Tensor, shape: tuple[int, ...]) -> None:
     _same_device(name, x, q)
 
 
+def attention_inputs(q: Any, k: Any, v: Any, layout: Any) -> int:
+    """q, k and v of an attention operator; returns the length of a row of similarities."""
+    if layout not in ("channel", "token"):
+        raise ValueError(f"layout must be 'channel' or 'token'; got {layout!r}")
+    if layout == "channel":
+        floating_tensor("q", q, ("B", "H", "C", "N"))
+        like("k", k, q, tuple(q.shape))
+        like("v", v, q, tuple(q.shape))
+        return q.shape[2]
+    floating_tensor("q", q, ("B", "H", "N", "D"))
+    batch, heads, _, depth = q.shape
+    floating_tensor("k", k, ("B", "H", "M", "D"))
+    keys = k.shape[2]
+    like("k", k, q, (batch, heads, keys, depth))
+    floating_tensor("v", v, ("B", "H", "M", "E"))
+    like("v", v, q, (batch, heads, keys, v.shape[3]))
+    return keys
+
+
+def temperature(x: Any, q: Tensor) -> None:
+    """None, a number, or a tensor with one per head."""
+    if isinstance(x, Tensor):
+        broadcastable("temperature", x, q, (*q.shape[:2], 1, 1))
+    elif x is not None and not isinstance(x, (int, float)):
+        raise TypeError(f"temperature must be a number or a tensor; got {type(x).__name__}")
+
+
+def out_proj(x: Any, q: Tensor, layout: str) -> None:
+    """None, or the weight of an output projection of the channel layout."""
+    if x is None:
+        return
+    if layout == "token":
+        raise ValueError("out_proj is for layout='channel'; got layout='token'")
+    floating_tensor("out_proj", x, ("C_out", "H * C"))
+    like("out_proj", x, q, (x.shape[0], q.shape[1] * q.shape[2]))
+
+
 def _same_device(name: str, x: Tensor, q: Tensor) -> None:
     if x.device != q.device:
         raise ValueError(f"{name} must be on q's device {q.device}; got {x.device}")
 
 
-def _dtype(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    *names, last = map(_name, dtypes)
+    return f"{', '.join(names)} or {last}"

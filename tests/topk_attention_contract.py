@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from restore_kernels.topk_attention.ops import empty_like_rows
-from restore_kernels.topk_attention.reference import accumulate_dtype
+from restore_kernels.tensors import accumulate_dtype, empty_like_rows
 
 CLAMP = 1e-12
 

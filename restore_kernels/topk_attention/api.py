@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from restore_kernels import checks, native
-from restore_kernels.backends import WhyNot, choose
+from restore_kernels import checks
+from restore_kernels.backends import candidates, choose
+from restore_kernels.tensors import accumulate_dtype
 from restore_kernels.topk_attention import reference
 from restore_kernels.topk_attention.autograd import ChannelTopKAttention, TokenTopKAttention
 
@@ -61,7 +62,7 @@ def topk_attention(
     counts = _check(q, k, v, topk, weights, temperature, layout, out_proj)
     chosen = choose("topk_attention", _CANDIDATES, (q, k, v), backend)
 
-    dtype = reference.accumulate_dtype(q.dtype)
+    dtype = accumulate_dtype(q.dtype)
     batch, heads = q.shape[:2]
     if weights is None:
         weights = torch.full((1,), 1 / len(counts), dtype=dtype, device=q.device)
@@ -87,33 +88,12 @@ def topk_attention(
 
 def _check(q, k, v, topk, weights, temperature, layout, out_proj) -> list[int]:
     """Every semantic check of a call; returns topk with ``None`` replaced by the row length."""
-    if layout not in ("channel", "token"):
-        raise ValueError(f"layout must be 'channel' or 'token'; got {layout!r}")
-    names = ("B", "H", "C", "N") if layout == "channel" else ("B", "H", "N", "D")
-    checks.floating_tensor("q", q, names)
-    batch, heads = q.shape[:2]
-    if layout == "channel":
-        row = q.shape[2]
-        checks.like("k", k, q, tuple(q.shape))
-        checks.like("v", v, q, tuple(q.shape))
-    else:
-        checks.floating_tensor("k", k, ("B", "H", "M", "D"))
-        row = k.shape[2]
-        checks.like("k", k, q, (batch, heads, row, q.shape[3]))
-        checks.floating_tensor("v", v, ("B", "H", "M", "E"))
-        checks.like("v", v, q, (batch, heads, row, v.shape[3]))
+    row = checks.attention_inputs(q, k, v, layout)
     counts = _check_topk(topk, row)
     if weights is not None:
-        checks.broadcastable("weights", weights, q, (batch, heads, len(counts)))
-    if isinstance(temperature, Tensor):
-        checks.broadcastable("temperature", temperature, q, (batch, heads, 1, 1))
-    elif temperature is not None and not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a number or a tensor; got {type(temperature).__name__}")
-    if out_proj is not None:
-        if layout == "token":
-            raise ValueError("out_proj is for layout='channel'; got layout='token'")
-        checks.floating_tensor("out_proj", out_proj, ("C_out", "H * C"))
-        checks.like("out_proj", out_proj, q, (out_proj.shape[0], heads * row))
+        checks.broadcastable("weights", weights, q, (*q.shape[:2], len(counts)))
+    checks.temperature(temperature, q)
+    checks.out_proj(out_proj, q, layout)
     return counts
 
 
@@ -132,32 +112,7 @@ def _check_topk(topk: TopK, row: int) -> list[int]:
     return counts
 
 
-def _why_not_cuda(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    return "topk_attention has no CUDA C++ kernels in this version"
-
-
-def _why_not_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    if q.dtype == torch.float64:
-        return "it computes float32, bfloat16 and float16, got float64"
-    return native.why_no_triton(q.device.type, q.device.index)
-
-
-def _why_not_cpu(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    if q.device.type != "cpu":
-        return f"it needs CPU tensors, got {q.device}"
-    return native.why_no_cpu_library()
-
-
-def _why_not_eager(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    return None
-
-
-_CANDIDATES: Mapping[str, WhyNot] = {
-    "cuda": _why_not_cuda,
-    "cpu": _why_not_cpu,
-    "triton": _why_not_triton,
-    "eager": _why_not_eager,
-}
+_CANDIDATES = candidates("topk_attention")
 
 
 def _plan(q, k, v, topk, *, weights=None, temperature=None, normalize=True, layout="channel",

@@ -1,9 +1,5 @@
 """Operator schemas of top-k attention and their fake (meta) kernels.
 
-Each pass is one operator with one overload per backend, for example
-``torch.ops.restore_kernels.topk_attention_channel.cpu``. The compiled libraries register theirs
-when they are loaded; Triton's are Python and import their kernels on the first call.
-
 Common arguments, B batch, H heads, J branches:
     temperature (B, H) and weights (B, H, J): in the accumulation dtype (float64 for float64 inputs,
     else float32), any strides.
@@ -25,12 +21,9 @@ branch, so that backward repeats the selection by comparing instead of sorting:
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from restore_kernels import native
-from restore_kernels.topk_attention.reference import accumulate_dtype
-
-BACKENDS = ("cpu", "triton")
+from restore_kernels.registry import register
+from restore_kernels.tensors import accumulate_dtype, empty_like_rows
 
 _SCHEMAS = {
     "topk_attention_channel": (
@@ -54,18 +47,6 @@ _SCHEMAS = {
         "Tensor grad_weights)"
     ),
 }
-
-
-def empty_like_rows(x: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """Uninitialised (B, *rows, N) output that follows the memory format of x (B, H, C, N).
-
-    Pixel-major (each pixel's channels adjacent, as channels_last images are) where x is, so that
-    a network in channels_last stays there; otherwise contiguous.
-    """
-    batch, pixels = x.shape[0], x.shape[-1]
-    if x.stride(-2) == 1 and x.stride(-1) > 1:
-        return x.new_empty((batch, pixels, *rows)).movedim(1, -1)
-    return x.new_empty((batch, *rows, pixels))
 
 
 def _channel_fake(q, k, v, temperature, weights, out_proj, topk, normalize):
@@ -125,40 +106,4 @@ _FAKES = {
 }
 
 
-def _triton(name: str):
-    """The Triton implementation of an operator, imported by its first call."""
-
-    def call(*args):
-        from restore_kernels.topk_attention import triton_launch
-
-        return getattr(triton_launch, name)(*args)
-
-    return call
-
-
-# The libraries stay registered for as long as this object lives.
-_library = torch.library.Library("restore_kernels", "FRAGMENT")
-
-for _name, _schema in _SCHEMAS.items():
-    for _backend in BACKENDS:
-        _overload = f"{_name}.{_backend}"
-        _library.define(
-            _overload + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-        )
-        torch.library.register_fake(f"restore_kernels::{_overload}", _FAKES[_name], lib=_library)
-    _library.impl(f"{_name}.triton", _triton(_name), "CompositeExplicitAutograd")
-
-
-# {(name, backend): operator}. Looking an overload up by name takes longer than calling it.
-_OVERLOADS = {
-    (name, backend): getattr(getattr(torch.ops.restore_kernels, name), backend)
-    for name in _SCHEMAS
-    for backend in BACKENDS
-}
-
-
-def overload(name: str, backend: str) -> torch._ops.OpOverload:
-    """The operator ``restore_kernels::name`` of a backend, its library loaded."""
-    if backend == "cpu":
-        native.why_no_cpu_library()
-    return _OVERLOADS[name, backend]
+overload = register(_SCHEMAS, _FAKES, "restore_kernels.topk_attention.triton_launch")

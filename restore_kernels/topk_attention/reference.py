@@ -13,10 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from restore_kernels.tensors import accumulate_dtype
 
 
 def branch_mixture(scores: Tensor, weights: Tensor, topk: Sequence[int]) -> Tensor:

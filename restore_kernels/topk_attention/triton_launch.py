@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from restore_kernels.tensors import empty_like_rows
 from restore_kernels.topk_attention import triton_channel_kernels as channel_kernels
 from restore_kernels.topk_attention import triton_token_kernels as token_kernels
-from restore_kernels.topk_attention.ops import empty_like_rows
 from restore_kernels.topk_attention.triton_token_selection import token_select_kernel
 
 Strides = tuple[int, ...]

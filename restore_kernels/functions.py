@@ -1,0 +1,65 @@
+"""What the autograd Functions of all operators share: second derivatives and the rule of vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class BackwardFunction(torch.autograd.Function):
+    """A backward pass as a Function of its own, so that ``torch.func`` transforms compose over it.
+
+    Its last argument is the backend. A second derivative, which only ``backend="eager"`` has, says so
+    instead of being wrong. Subclasses name their ``operator``.
+    """
+
+    operator = ""
+
+    @classmethod
+    def run(cls, *args: Any) -> tuple[Tensor, ...]:
+        """The pass as a Function, or, where nothing could transform it, without the cost of one."""
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return cls.apply(*args)
+        return cls.forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.backend = inputs[-1]
+
+    @classmethod
+    def backward(cls, ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            f"{cls.operator} has no second derivative on backend {ctx.backend!r}; backend='eager' has one"
+        )
+
+
+def map_over_batch(
+    function: type[torch.autograd.Function], info: Any, in_dims: Sequence[int | None],
+    args: Sequence[Any], *, fold: bool = True, unbatched: int | None = None,
+) -> tuple[tuple[Tensor, ...], int]:  # fmt: skip
+    """The vmap rule: the mapped dimension joins the batch if ``fold``, else there is one call per slice.
+
+    ``args[unbatched]`` alone has no batch dimension that the mapped one could join.
+    """
+    size = info.batch_size
+
+    def mapped(x: Any, dim: int | None) -> bool:
+        return isinstance(x, Tensor) and dim is not None
+
+    def folded(position: int, x: Any, dim: int | None) -> Any:
+        if not isinstance(x, Tensor) or position == unbatched:
+            return x
+        x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.flatten(0, 1)
+
+    pairs = list(zip(args, in_dims, strict=True))
+    if fold:
+        outputs = function.apply(*(folded(position, *pair) for position, pair in enumerate(pairs)))
+        return tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in outputs), 0
+    calls = [
+        function.apply(*(x.select(dim, i) if mapped(x, dim) else x for x, dim in pairs)) for i in range(size)
+    ]
+    return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), 0
