@@ -6,9 +6,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from restore_kernels.masked_attention import masked_attention
 from restore_kernels.topk_attention import topk_attention
 
-__all__ = ["DynamicDualAttention", "TopKSparseAttention"]
+__all__ = ["DynamicDualAttention", "MultiInputAttention", "TopKSparseAttention"]
+
+
+def _check_heads(dim: int, heads: int) -> None:
+    if dim < 1 or heads < 1 or dim % heads:
+        raise ValueError(f"dim must be a positive multiple of heads; got dim={dim}, heads={heads}")
+
+
+def _check_image(name: str, x: Tensor, dim: int) -> None:
+    if x.dim() != 4 or x.shape[1] != dim:
+        raise ValueError(f"{name} must have shape (B, {dim}, H, W); got {tuple(x.shape)}")
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, heads * C, H, W) -> (B, heads, C, H * W)."""
+    return x.flatten(2).unflatten(1, (heads, -1))
+
+
+def _as_image(out: Tensor, like: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, dim, H * W) -> (B, dim, H, W), plus the bias of the output projection."""
+    out = out.unflatten(2, like.shape[2:])
+    return out if bias is None else out + bias[:, None, None].to(out.dtype)
 
 
 class _ProjectedAttention(nn.Module):
@@ -16,25 +38,17 @@ class _ProjectedAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, bias: bool) -> None:
         super().__init__()
-        if dim < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"dim must be a positive multiple of heads; got dim={dim}, heads={heads}")
+        _check_heads(dim, heads)
         self.dim, self.heads = dim, heads
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
         self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=bias)
         self.qkv_dwconv = nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, bias=bias)
         self.project_out = nn.Conv2d(dim, dim, 1, bias=bias)
 
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.shape[1] != self.dim:
-            raise ValueError(f"x must have shape (B, {self.dim}, H, W); got {tuple(x.shape)}")
-
     def _project_in(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, dim, H, W) -> q, k, v, each (B, heads, dim / heads, H * W)."""
         q, k, v = self.qkv_dwconv(self.qkv(x)).chunk(3, dim=1)
-        return self._split_heads(q), self._split_heads(k), self._split_heads(v)
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.flatten(2).unflatten(1, (self.heads, -1))
+        return _split_heads(q, self.heads), _split_heads(k, self.heads), _split_heads(v, self.heads)
 
     def _channel_attention(self, x: Tensor, topk: list[int | None], weights: Tensor) -> Tensor:
         """Attention and output projection in one product; the attention output is never stored."""
@@ -43,9 +57,7 @@ class _ProjectedAttention(nn.Module):
             q, k, v, topk, weights=weights, temperature=self.temperature,
             out_proj=self.project_out.weight.flatten(1),
         )  # fmt: skip
-        out = out.unflatten(2, x.shape[2:])  # (B, dim, H, W)
-        bias = self.project_out.bias
-        return out if bias is None else out + bias[:, None, None].to(out.dtype)
+        return _as_image(out, x, self.project_out.bias)
 
 
 class TopKSparseAttention(_ProjectedAttention):
@@ -74,7 +86,7 @@ class TopKSparseAttention(_ProjectedAttention):
         self.attn4 = nn.Parameter(torch.full((1,), 0.2))
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check_input(x)
+        _check_image("x", x, self.dim)
         weights = torch.cat((self.attn1, self.attn2, self.attn3, self.attn4))
         return self._channel_attention(x, self.topk, weights)
 
@@ -115,7 +127,7 @@ class DynamicDualAttention(_ProjectedAttention):
         self.branch_logits = nn.Linear(dim, 2 * heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check_input(x)
+        _check_image("x", x, self.dim)
         logits = self.branch_logits(x.mean(dim=(2, 3)))
         weights = logits.unflatten(1, (self.heads, 2)).softmax(dim=-1)  # (B, heads, 2)
         if self.layout == "channel":
@@ -139,3 +151,55 @@ class DynamicDualAttention(_ProjectedAttention):
         out = out.view(batch, rows, columns, heads, side, side, -1).permute(0, 3, 6, 1, 4, 2, 5)
         out = out.reshape(batch, self.dim, rows * side, columns * side)
         return self.project_out(out[..., :height, :width])
+
+
+class MultiInputAttention(nn.Module):
+    """Channel attention from one image's features to another's, under an optional mask.
+
+    Source: the multi-input attention module of association learning (arXiv 2311.05147), with the
+    state-dict keys of the released ELF: q, k and v are depthwise 3x3 convolutions of three inputs.
+    There, the queries come from the predicted degradation, keys and values from the degraded image.
+
+    Args:
+        dim: channels of the images; a multiple of heads.
+        heads: number of heads.
+        bias: whether the convolutions have a bias.
+
+    Shape: q, k, v (B, dim, H, W), mask None or broadcastable to (B, dim, H, W) -> (B, dim, H, W). The
+    mask gates what the depthwise convolutions make of k and v, see ``masked_attention``.
+    """
+
+    def __init__(self, dim: int, heads: int, bias: bool = False) -> None:
+        super().__init__()
+        _check_heads(dim, heads)
+        self.dim, self.heads = dim, heads
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.q = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=bias)
+        self.k = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=bias)
+        self.v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=bias)
+        self.project_out = nn.Conv2d(dim, dim, 1, bias=bias)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            _check_image(name, x, self.dim)
+            if x.shape != q.shape:
+                raise ValueError(f"{name} must have q's shape {tuple(q.shape)}; got {tuple(x.shape)}")
+        if mask is not None:
+            mask = self._mask_of_heads(mask, q)
+        out = masked_attention(
+            _split_heads(self.q(q), self.heads), _split_heads(self.k(k), self.heads),
+            _split_heads(self.v(v), self.heads), mask, temperature=self.temperature,
+            out_proj=self.project_out.weight.flatten(1),
+        )  # fmt: skip
+        return _as_image(out, q, self.project_out.bias)
+
+    def _mask_of_heads(self, mask: Tensor, q: Tensor) -> Tensor:
+        """The mask, broadcastable to (B, dim, H, W), as one broadcastable to (B, heads, C, H * W)."""
+        fits = mask.dim() <= 4 and all(
+            have in (1, want) for have, want in zip(reversed(mask.shape), reversed(q.shape), strict=False)
+        )
+        if not fits:
+            raise ValueError(f"mask must broadcast to {tuple(q.shape)}; got {tuple(mask.shape)}")
+        mask = mask[(None,) * (4 - mask.dim())]
+        mask = mask.expand(-1, -1, *q.shape[2:]).flatten(2)  # (1 or B, 1 or dim, H * W)
+        return mask.unsqueeze(1) if mask.shape[1] == 1 else mask.unflatten(1, (self.heads, -1))

@@ -1,0 +1,115 @@
+"""The autograd Functions of masked multi-input attention, one per layout and pass.
+
+They keep only what backward cannot cheaply recompute (see ``ops.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from restore_kernels.functions import BackwardFunction, map_over_batch
+from restore_kernels.masked_attention.ops import overload
+
+
+class ChannelMaskedAttention(torch.autograd.Function):
+    """(q, k, v, mask, temperature, out_proj, normalize, backend) -> out, similarity, norms."""
+
+    @staticmethod
+    def forward(q, k, v, mask, temperature, out_proj, normalize, backend):
+        op = overload("masked_attention_channel", backend)
+        return op(q, k, v, mask, temperature, out_proj, normalize)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.normalize, ctx.backend = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 8
+        *grads, grad_mask, grad_temperature, grad_out_proj = ChannelMaskedAttentionBackward.run(
+            grad_out, *ctx.saved_tensors, ctx.normalize, ctx.backend
+        )
+        mask, out_proj = ctx.saved_tensors[3], ctx.saved_tensors[5]
+        grad_mask = None if mask is None else grad_mask
+        grad_out_proj = None if out_proj is None else grad_out_proj.to(out_proj.dtype)
+        return (*grads, grad_mask, grad_temperature, grad_out_proj, None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any):
+        fold = in_dims[5] is None
+        return map_over_batch(ChannelMaskedAttention, info, in_dims, args, fold=fold, unbatched=5)
+
+
+class ChannelMaskedAttentionBackward(BackwardFunction):
+    """grad_out, then as saved by ``ChannelMaskedAttention`` -> the gradients of its six tensors."""
+
+    operator = "masked_attention"
+
+    @staticmethod
+    def forward(grad_out, q, k, v, mask, temperature, out_proj, similarity, norms, normalize, backend):
+        op = overload("masked_attention_channel_backward", backend)
+        return op(grad_out, q, k, v, mask, temperature, out_proj, similarity, norms, normalize)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any):
+        # One call per slice where a gradient has no batch: out_proj's, and an absent mask's empty one.
+        fold = args[6] is None and args[4] is not None
+        return map_over_batch(ChannelMaskedAttentionBackward, info, in_dims, args, fold=fold, unbatched=6)
+
+
+class TokenMaskedAttention(torch.autograd.Function):
+    """(q, k, v, mask, temperature, normalize, backend) -> out, log_sum_exp, wide_out."""
+
+    @staticmethod
+    def forward(q, k, v, mask, temperature, normalize, backend):
+        op = overload("masked_attention_token", backend)
+        return op(q, k, v, mask, temperature, normalize)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.normalize, ctx.backend = inputs
+        out, log_sum_exp, wide_out = output
+        ctx.mark_non_differentiable(log_sum_exp, wide_out)
+        ctx.set_materialize_grads(False)
+        was_rounded = out.dtype != log_sum_exp.dtype
+        ctx.save_for_backward(*tensors, wide_out if was_rounded else out, log_sum_exp)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 7
+        *grads, grad_mask, grad_temperature = TokenMaskedAttentionBackward.run(
+            grad_out, *ctx.saved_tensors, ctx.normalize, ctx.backend
+        )
+        grad_mask = None if ctx.saved_tensors[3] is None else grad_mask
+        return (*grads, grad_mask, grad_temperature, None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any):
+        # wide_out is empty, without a batch, where nothing was rounded.
+        was_rounded = args[0].dtype in (torch.bfloat16, torch.float16)
+        return map_over_batch(TokenMaskedAttention, info, in_dims, args, fold=was_rounded)
+
+
+class TokenMaskedAttentionBackward(BackwardFunction):
+    """grad_out, then as saved by ``TokenMaskedAttention`` -> the gradients of its five tensors."""
+
+    operator = "masked_attention"
+
+    @staticmethod
+    def forward(grad_out, q, k, v, mask, temperature, out, log_sum_exp, normalize, backend):
+        op = overload("masked_attention_token_backward", backend)
+        return op(grad_out, q, k, v, mask, temperature, out, log_sum_exp, normalize)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any):
+        fold = args[4] is not None
+        return map_over_batch(TokenMaskedAttentionBackward, info, in_dims, args, fold=fold)
