@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import restore_kernels
-from restore_nets import create_model, load_checkpoint, load_model, save_checkpoint
+from restore_nets import create_model, list_models, load_checkpoint, load_model, save_checkpoint
 
 OPTIONS: dict[str, Any] = {"dim": 4, "num_blocks": (1, 1, 1, 1), "heads": (1, 1, 1, 1), "mefc": False}
 CONFIG = {"name": "drsformer", **OPTIONS}
@@ -227,7 +227,8 @@ def test_published_file_with_name_and_options(tmp_path):
     source = small(1)
     path = write(tmp_path / "model.pth", {"params": source.state_dict()})
     assert is_same(load_model(path, **CONFIG), source)
-    with pytest.raises(ValueError, match="does not say which network it is for; name one of ddsa, drsformer"):
+    names = ", ".join(list_models())
+    with pytest.raises(ValueError, match=f"does not say which network it is for; name one of {names}"):
         load_model(path)
     with pytest.raises(TypeError, match=r"name must be given with options \(dim\); got None"):
         load_model(path, dim=4)
@@ -288,6 +289,15 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         save_checkpoint(small(2), path, CONFIG)
     assert is_same(load_model(path), small(1))
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_others_may_read_what_is_saved(tmp_path):
+    before = os.umask(0o022)
+    try:
+        save_checkpoint(small(1), tmp_path / "model.safetensors", CONFIG)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_metadata_is_the_config(tmp_path):

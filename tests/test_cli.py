@@ -15,6 +15,12 @@ from restore_nets.images import read_image, write_image
 TINY = {
     "name": "ddsa", "dim": 4, "num_blocks": [1, 1, 1, 1], "heads": [1, 1, 1, 1], "ffn_expansion": 1.0,
 }  # fmt: skip
+TINY_OPTIONS = [
+    argument
+    for key, value in TINY.items() if key != "name"
+    for argument in ("--option", f"{key}={value}")
+]  # fmt: skip
+RESTORE_BARE = ["restore", "bare.pth", "photos", "--out", "out", "--model", "ddsa"]
 
 
 @pytest.fixture
@@ -22,6 +28,15 @@ def weights(tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "model.safetensors"
     save_checkpoint(create_model(**TINY), path, TINY)
+    return path
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A published checkpoint: tensors by name, and not a word about the network."""
+    torch.manual_seed(0)
+    path = tmp_path / "bare.pth"
+    torch.save({"params": create_model(**TINY).state_dict()}, path)
     return path
 
 
@@ -75,9 +90,26 @@ def test_models(capsys):
         (["restore", "model.safetensors", "photos", "--out", "photos"], "would overwrite photos/a.png"),
         (["restore", "model.safetensors", "photos", "--out", "out", "--tile", "7"], "tile must be 0"),
         (["restore", "photos/a.png", "photos", "--out", "out"], "photos/a.png"),
+        (["restore", "bare.pth", "photos", "--out", "out"], "bare.pth does not say which network it is for"),
+        (["restore", "bare.pth", "photos", "--out", "out"], "--model NAME"),
+        (["restore", "bare.pth", "photos", "--out", "out", "--model", "dsda"], "did you mean ddsa?"),
+        (
+            ["restore", "bare.pth", "photos", "--out", "out", "--model", "ddsa"],
+            "does not fit DDSANet: missing",
+        ),
+        ([*RESTORE_BARE, "--option", "dim"], "--option must be KEY=VALUE; got 'dim'"),
+        ([*RESTORE_BARE, "--option", "=4"], "--option must be KEY=VALUE; got '=4'"),
+        ([*RESTORE_BARE, "--option", "dim=four"], "dim must be an integer; got 'four'"),
+        ([*RESTORE_BARE, "--option", "dim=[4"], "--option dim must have a YAML value; got '[4'"),
+        ([*RESTORE_BARE, "--option", "dim=4", "--option", "dim=8"], "--option dim must be given once"),
+        ([*RESTORE_BARE, "--option", "dims=4"], "got 'dims', did you mean dim"),
+        (
+            ["restore", "bare.pth", "photos", "--out", "out", "--option", "dim=4"],
+            "--option dim needs --model",
+        ),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, weights, photos, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_one_line(arguments, message, weights, bare, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert cli.run(arguments) == 2
@@ -99,6 +131,37 @@ def test_restore_writes_results_under_the_same_names(weights, photos, tmp_path, 
     assert "2 of 2 photos restored" in output
     assert "1 other files ignored" in output
     assert "notes.txt" in output
+
+
+def test_restore_takes_published_checkpoints(weights, bare, photos, tmp_path):
+    ours, published = tmp_path / "ours", tmp_path / "published"
+    assert cli.run(["restore", str(weights), str(photos), "--out", str(ours)]) == 0
+    named = ["--model", "ddsa", *TINY_OPTIONS]
+    assert cli.run(["restore", str(bare), str(photos), "--out", str(published), *named]) == 0
+    assert (published / "a.png").read_bytes() == (ours / "a.png").read_bytes()
+
+
+@pytest.mark.parametrize("command", [["--help"], ["restore", "--help"], ["demo", "--help"], ["demos"]])
+def test_help_and_mistyped_commands_load_no_torch(command):
+    program = (
+        "import sys, restore_nets\n"
+        "from restore_nets import cli\n"
+        f"cli.run({command!r})\n"
+        "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "restore-nets" in result.stdout + result.stderr
+
+
+def test_names_of_the_package_are_loaded_when_used():
+    import restore_nets
+
+    assert set(restore_nets.__all__) <= set(dir(restore_nets))
+    for name in restore_nets.__all__:
+        assert getattr(restore_nets, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'restore_nets' has no attribute 'create_modle'"):
+        restore_nets.create_modle  # noqa: B018
 
 
 def test_restore_reports_every_failure_and_restores_the_rest(weights, photos, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -156,3 +157,18 @@ def test_written_whole_replaces_only_at_the_end(tmp_path):
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("umask", "permissions"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_written_files_have_the_permissions_of_any_new_file(tmp_path, umask, permissions):
+    before = os.umask(umask)
+    try:
+        for name in ("new.txt", "replaced.txt"):
+            if name == "replaced.txt":
+                (tmp_path / name).touch(0o600)
+            with files.written_whole(tmp_path / name) as temporary:
+                temporary.unlink()  # as a library that writes a private file of its own and renames it
+                temporary.touch(0o600)
+            assert (tmp_path / name).stat().st_mode & 0o777 == permissions
+    finally:
+        os.umask(before)

@@ -142,7 +142,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         _check_opens(path)
     if METADATA_KEY not in metadata:
         raise ValueError(
-            f"{path} does not say which network it is for; name one of {', '.join(list_models())}"
+            f"{path} does not say which network it is for; name one of {', '.join(list_models())} "
+            "(on the command line: --model NAME)"
         )
     try:
         config = json.loads(metadata[METADATA_KEY])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -91,8 +91,11 @@ def train(
 
 @app.command()
 def restore(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL.safetensors", help="Weights that train or demo wrote.")
+    weights: Annotated[
+        Path,
+        typer.Argument(
+            metavar="WEIGHTS", help="What train or demo wrote, or any checkpoint of the network in --model."
+        ),
     ],
     inputs: Annotated[
         list[Path], typer.Argument(metavar="INPUT...", help="PNG and JPEG files, and folders of them.")
@@ -104,10 +107,19 @@ def restore(
         int, typer.Option(help="Restore larger photos in tiles of at most this many pixels a side; 0: never.")
     ] = 512,
     device: Device = "cpu",
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The network, for weights that do not say it (.pth, .pt, .ckpt)."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option of --model, see the command models. Repeatable."),
+    ] = None,
 ) -> None:
     """Restore photos with a trained network.
 
-    The inputs are never overwritten; earlier results in --out are replaced.
+    The inputs are never overwritten; earlier results in --out are replaced. A published checkpoint needs
+    its network named: --model drsformer --option mefc=false --option "heads=[1, 2, 4, 8]".
     """
     from rich.console import Console
 
@@ -117,8 +129,11 @@ def restore(
     from restore_nets.training import available_device
 
     check_tile(tile)
+    options = _network_options(option or [])
+    if options and model is None:
+        raise ValueError(f"--option {', '.join(options)} needs --model, the network that has it")
     work = plan(inputs, out)
-    network = load_model(model).to(available_device(device))
+    network = load_model(weights, model, **options).to(available_device(device))
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     with progress(console, "restoring", len(work.jobs)) as advance:
@@ -153,6 +168,24 @@ def models() -> None:
         options = inspect.signature(type(model)).parameters.values()
         table.add_row(name, f"{count:,}", ", ".join(f"{o.name}={o.default}" for o in options))
     Console().print(table)
+
+
+def _network_options(assignments: Sequence[str]) -> dict[str, Any]:
+    """The keywords in KEY=VALUE arguments; values are YAML: ``false``, ``48``, ``[4, 6, 6, 8]``, text."""
+    import yaml
+
+    options: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--option must be KEY=VALUE; got {assignment!r}")
+        if key in options:
+            raise ValueError(f"--option {key} must be given once; got it again as {assignment!r}")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--option {key} must have a YAML value; got {value!r}") from error
+    return options
 
 
 def _listed(paths: Sequence[Path], most: int = 3) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,11 +14,15 @@ def written_whole(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to; it becomes ``path`` when the block ends.
 
     When the block ends in an exception (an interrupt too) the temporary file is removed, and
-    ``path`` is what it was before.
+    ``path`` is what it was before. The file gets the permissions of any new file (the process's
+    umask), whatever the block's library gives it: safetensors writes private files.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        permissions = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        temporary.chmod(permissions)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())  # the content reaches the disk before the name does
         os.replace(temporary, path)
