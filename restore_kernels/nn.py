@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from restore_kernels.masked_attention import masked_attention
 from restore_kernels.topk_attention import topk_attention
 
-__all__ = ["DynamicDualAttention", "MultiInputAttention", "TopKSparseAttention"]
+__all__ = ["DynamicDualAttention", "MultiDconvAttention", "MultiInputAttention", "TopKSparseAttention"]
 
 
 def _check_heads(dim: int, heads: int) -> None:
@@ -50,7 +50,7 @@ class _ProjectedAttention(nn.Module):
         q, k, v = self.qkv_dwconv(self.qkv(x)).chunk(3, dim=1)
         return _split_heads(q, self.heads), _split_heads(k, self.heads), _split_heads(v, self.heads)
 
-    def _channel_attention(self, x: Tensor, topk: list[int | None], weights: Tensor) -> Tensor:
+    def _channel_attention(self, x: Tensor, topk: list[int | None], weights: Tensor | None) -> Tensor:
         """Attention and output projection in one product; the attention output is never stored."""
         q, k, v = self._project_in(x)
         out = topk_attention(
@@ -58,6 +58,22 @@ class _ProjectedAttention(nn.Module):
             out_proj=self.project_out.weight.flatten(1),
         )  # fmt: skip
         return _as_image(out, x, self.project_out.bias)
+
+
+class MultiDconvAttention(_ProjectedAttention):
+    """Dense channel attention (MDTA, multi-Dconv head transposed attention; Restormer, arXiv 2111.09881).
+
+    Args:
+        dim: channels of the image; a multiple of heads.
+        heads: number of heads.
+        bias: whether the convolutions have a bias.
+
+    Shape: (B, dim, H, W) -> (B, dim, H, W).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_image("x", x, self.dim)
+        return self._channel_attention(x, [None], weights=None)
 
 
 class TopKSparseAttention(_ProjectedAttention):

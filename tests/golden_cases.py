@@ -29,20 +29,30 @@ class Results:
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """One case: the module's options and parameters, what goes in, and what comes out."""
+    """One case: the module's options and parameters, what goes in, and what comes out.
+
+    Attributes:
+        shared: further state-dict keys of a parameter, and the key under which ``parameters`` has it.
+    """
 
     name: str
     config: dict[str, Any]
     parameters: dict[str, Tensor]
+    shared: dict[str, str]
     inputs: list[Tensor]
     cotangents: list[Tensor]
     expected: Results
 
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The state dict of the module."""
+        return self.parameters | {key: self.parameters[name] for key, name in self.shared.items()}
+
 
 def load(name: str) -> GoldenCase:
     case = json.loads((FOLDER / f"{name}.json").read_text())
-    if case["frozen"] or case["buffers"] or case["shared_parameters"]:
-        raise NotImplementedError(f"{name} has frozen or shared parameters or buffers")
+    if case["frozen"] or case["buffers"]:
+        raise NotImplementedError(f"{name} has frozen parameters or buffers")
     with np.load(FOLDER / f"{name}.npz") as arrays:
         expected = Results(
             outputs=[torch.from_numpy(arrays[f"out{i}"]) for i in range(len(case["outputs"]))],
@@ -53,6 +63,7 @@ def load(name: str) -> GoldenCase:
         name=name,
         config=case["config"],
         parameters={key: parameter(key, shape) for key, shape in case["parameters"].items()},
+        shared=case["shared_parameters"],
         inputs=[
             uniform(f"{name}/input{i}", shape, *case["input_range"]) for i, shape in enumerate(case["inputs"])
         ],

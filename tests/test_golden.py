@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conformance import check_runs
@@ -14,39 +16,64 @@ from restore_kernels.nn import TopKSparseAttention
 from restore_nets import create_model
 from restore_nets.models.blocks import TransformerBlock
 from restore_nets.models.drsformer import MixedScaleFeedForward
+from restore_nets.models.gated import GatedBlockOptions, MultiInputBlock
 
-CASES = (
-    "tksa_dim48_heads1",
-    "tksa_dim96_heads2_bias",
-    "tksa_block_dim48",
-    "drsformer_small",
-    "drsformer_small_no_mefc",
-)
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-6}  # by the dtype in which a case is stored
 IN_FLOAT32 = 1e-4
 # The float32 network's scores and ReLU inputs carry its rounding: some 1e-7 after one layer, more in depth.
 NEAR_TIE = 1e-5
 
 
+def attention_module(config: dict[str, Any]) -> nn.Module:
+    return TopKSparseAttention(**config)
+
+
+def sparse_block(config: dict[str, Any]) -> nn.Module:
+    dim, bias = config["dim"], config["bias"]
+    attention = TopKSparseAttention(dim, config["heads"], bias)
+    feed_forward = MixedScaleFeedForward(dim, config["ffn_expansion"], bias)
+    return TransformerBlock(dim, config["norm"], attention, feed_forward)
+
+
+def multi_input_block(config: dict[str, Any]) -> nn.Module:
+    options = GatedBlockOptions(config["dim"], config["ffn_expansion"], config["bias"], config["norm"])
+    return MultiInputBlock(options, config["heads"])
+
+
+def drsformer(config: dict[str, Any]) -> nn.Module:
+    return create_model("drsformer", **config)
+
+
+def elf(config: dict[str, Any]) -> nn.Module:
+    return create_model("elf", **config)
+
+
+TOPK, MASKED = restore_kernels.topk_attention, restore_kernels.masked_attention
+BUILDERS = {
+    "tksa_dim48_heads1": attention_module,
+    "tksa_dim96_heads2_bias": attention_module,
+    "tksa_block_dim48": sparse_block,
+    "drsformer_small": drsformer,
+    "drsformer_small_no_mefc": drsformer,
+    "multi_input_block_dim48": multi_input_block,
+    "elf_48": elf,
+}
+CASES = tuple(BUILDERS)
+OPERATORS = dict.fromkeys(CASES, (TOPK,)) | {"multi_input_block_dim48": (MASKED,), "elf_48": (TOPK, MASKED)}
+
+
 def build(case: GoldenCase) -> nn.Module:
     """The case's module with the case's parameters."""
-    config = dict(case.config)
-    if "num_blocks" in config:
-        module = create_model("drsformer", **config)
-    elif "ffn_expansion" in config:
-        dim, bias = config["dim"], config["bias"]
-        attention = TopKSparseAttention(dim, config["heads"], bias)
-        feed_forward = MixedScaleFeedForward(dim, config["ffn_expansion"], bias)
-        module = TransformerBlock(dim, config["norm"], attention, feed_forward)
-    else:
-        module = TopKSparseAttention(**config)
-    module.double().load_state_dict(case.parameters)
+    module = BUILDERS[case.name](case.config).double()
+    module.load_state_dict(case.state)
     return module
 
 
-def require(backend: str, dtype: torch.dtype) -> None:
+def require(backend: str, name: str, dtype: torch.dtype) -> None:
     q = torch.zeros(1, 1, 2, 2, dtype=dtype)
-    check_runs(restore_kernels.explain(restore_kernels.topk_attention, q, q, q, [1]), backend)
+    for operator in OPERATORS[name]:
+        further = ([1],) if operator is TOPK else ()
+        check_runs(restore_kernels.explain(operator, q, q, q, *further), backend)
 
 
 def errors(got: Results, want: Results) -> dict[str, float]:
@@ -78,14 +105,18 @@ def largest(errors: dict[str, float]) -> tuple[float, str]:
 @pytest.mark.parametrize("name", CASES)
 def test_state_dict_keys_are_the_published_ones(name):
     case = load(name)
-    state = build(case).state_dict()
-    assert list(state) == list(case.parameters)
+    module = build(case)
+    state = module.state_dict()
+    assert [key for key in state if key not in case.shared] == list(case.parameters)
+    assert state.keys() == case.state.keys()
+    for key, name in case.shared.items():
+        assert module.get_parameter(key) is module.get_parameter(name)
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 @pytest.mark.parametrize("name", CASES)
 def test_float64(name, backend):
-    require(backend, torch.float64)
+    require(backend, name, torch.float64)
     case = load(name)
     with restore_kernels.use_backend(backend):
         got = results(case, build(case), torch.float64)
@@ -98,7 +129,7 @@ def test_float64(name, backend):
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 @pytest.mark.parametrize("name", CASES)
 def test_float32(name, backend):
-    require(backend, torch.float32)
+    require(backend, name, torch.float32)
     case = load(name)
     assert_float32_is_right(case, build(case), case.expected, backend)
 

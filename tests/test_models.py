@@ -37,7 +37,7 @@ def image(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def test_list_models():
-    assert list_models() == ["ddsa", "drsformer"]
+    assert list_models() == ["ddsa", "drsformer", "elf"]
 
 
 @pytest.mark.parametrize(("options", "parameters"), [({}, 33_655_424), ({"mefc": False}, 32_610_304)])
@@ -53,9 +53,9 @@ def test_drsformer_has_the_published_size(options, parameters):
         (
             {"name": "drsfomer"},
             ValueError,
-            "name must be one of ddsa, drsformer; got 'drsfomer', did you mean",
+            "name must be one of ddsa, drsformer, elf; got 'drsfomer', did you mean",
         ),
-        ({"name": "resnet"}, ValueError, "name must be one of ddsa, drsformer; got 'resnet'$"),
+        ({"name": "resnet"}, ValueError, "name must be one of ddsa, drsformer, elf; got 'resnet'$"),
         ({"head": 1}, TypeError, "options dim, .*; got 'head', did you mean heads"),
         ({"topk_ratio": 0.5}, TypeError, "drsformer has the options .*; got 'topk_ratio'"),
         ({"dim": 8.0}, TypeError, r"dim must be an integer; got 8\.0"),

@@ -77,7 +77,11 @@ def save_checkpoint(model: nn.Module, path: StrPath, config: Mapping[str, Any]) 
     path = Path(path)
     if not _is_safetensors(path):
         raise ValueError(f"path must end in .safetensors; got {path}")
-    state = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+    # Copies, for the format refuses keys that share memory (one activation in several places).
+    state = {
+        name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, x in model.state_dict().items()
+    }
     state = _without_prefixes(state)
     problems = _mismatches(_skeleton(config).state_dict(), state, strict=True)
     if problems:

@@ -10,6 +10,7 @@ from torch import nn
 
 from restore_nets.models.ddsa import DDSANet
 from restore_nets.models.drsformer import DRSformer
+from restore_nets.models.elf import ELF
 from restore_nets.models.options import suggestion
 
 __all__ = ["create_model", "list_models"]
@@ -17,6 +18,7 @@ __all__ = ["create_model", "list_models"]
 _MODELS: dict[str, Callable[..., nn.Module]] = {
     "ddsa": DDSANet,
     "drsformer": DRSformer,
+    "elf": ELF,
 }
 
 
@@ -30,7 +32,7 @@ def create_model(name: str, **options: Any) -> nn.Module:
 
     Args:
         name: one of ``list_models()``.
-        options: keywords of the network's class, for example ``dim=48``; see ``DRSformer`` and ``DDSANet``.
+        options: keywords of the network's class, for example ``dim=48``; see ``DRSformer``, ``DDSANet`` and ``ELF``.
 
     Returns:
         The network, in training mode, float32, on the CPU.

@@ -92,3 +92,17 @@ def suggestion(value: Any, choices: Iterable[str]) -> str:
     by_lower_case = {choice.lower(): choice for choice in choices}
     near = difflib.get_close_matches(str(value).lower(), by_lower_case)
     return f", did you mean {' or '.join(by_lower_case[name] for name in near)}?" if near else ""
+
+
+def check_association_options(n_feat: Any, heads: Any, kernel_size: Any, reduction: Any, bias: Any) -> None:
+    """The options that the networks of association learning share."""
+    for name, value in (("n_feat", n_feat), ("heads", heads), ("kernel_size", kernel_size)):
+        check_integer(name, value)
+    check_integer("reduction", reduction)
+    check_flag("bias", bias)
+    if n_feat % 2 or n_feat % heads:
+        raise ValueError(f"n_feat must be even and a multiple of {heads} heads; got {n_feat}")
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd; got {kernel_size}")
+    if reduction > n_feat:
+        raise ValueError(f"reduction must be at most n_feat={n_feat}; got {reduction}")

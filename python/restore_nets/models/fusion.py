@@ -1,0 +1,140 @@
+"""The convolutional blocks of association learning: channel attention, separable convolutions, fusion.
+
+Source: arXiv 2311.05147. Submodules carry the names of ELF's checkpoints (``CA.conv_du``, ...).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ConvOptions:
+    """What the convolutional blocks of a network share.
+
+    Args:
+        dim: channels, everywhere.
+        kernel_size: side of the plain convolutions, odd. Separable ones are 3x3.
+        reduction: channel attention passes through dim // reduction channels.
+        bias: whether the convolutions have a bias. Separable ones always have one, the 1x1
+            convolutions after resizing never.
+    """
+
+    dim: int
+    kernel_size: int
+    reduction: int
+    bias: bool
+
+    def conv(self, inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+        """A plain convolution that keeps the size, but for its stride."""
+        size = self.kernel_size
+        return nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2, bias=self.bias)
+
+
+class ChannelGate(nn.Module):
+    """CA: every channel times a number in (0, 1) computed from the average of every channel.
+
+    Shape: (B, dim, H, W) -> (B, dim, H, W).
+    """
+
+    def __init__(self, options: ConvOptions) -> None:
+        super().__init__()
+        dim, hidden = options.dim, options.dim // options.reduction
+        self.conv_du = nn.Sequential(
+            nn.Conv2d(dim, hidden, 1, bias=options.bias), nn.ReLU(),
+            nn.Conv2d(hidden, dim, 1, bias=options.bias), nn.Sigmoid(),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.conv_du(F.adaptive_avg_pool2d(x, 1))
+
+
+class SeparableConv(nn.Module):
+    """DSC: a depthwise 3x3 convolution, then a 1x1 convolution, both with a bias.
+
+    Shape: (B, inputs, H, W) -> (B, outputs, H, W).
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.depth_conv = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs)
+        self.point_conv = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.point_conv(self.depth_conv(x))
+
+
+class FuseTwo(nn.Module):
+    """gate(DSC([a, b])) + a.
+
+    Shape: twice (B, dim, H, W) -> (B, dim, H, W).
+    """
+
+    def __init__(self, options: ConvOptions) -> None:
+        super().__init__()
+        self.DSC = SeparableConv(2 * options.dim, options.dim)
+        self.CA_fea = ChannelGate(options)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.CA_fea(self.DSC(torch.cat((a, b), dim=1))) + a
+
+
+class FuseFour(nn.Module):
+    """Four inputs joined one after the other, from the last to the first; the result, plus itself gated.
+
+    Shape: four times (B, dim, H, W) -> (B, dim, H, W).
+    """
+
+    def __init__(self, options: ConvOptions) -> None:
+        super().__init__()
+        self.DSC1 = SeparableConv(2 * options.dim, options.dim)
+        self.DSC2 = SeparableConv(2 * options.dim, options.dim)
+        self.DSC3 = SeparableConv(2 * options.dim, options.dim)
+        self.CA_fea = ChannelGate(options)
+
+    def forward(self, first: Tensor, second: Tensor, third: Tensor, fourth: Tensor) -> Tensor:
+        x = self.DSC1(torch.cat((third, fourth), dim=1))
+        x = self.DSC2(torch.cat((second, x), dim=1))
+        x = self.DSC3(torch.cat((first, x), dim=1))
+        return self.CA_fea(x) + x
+
+
+class GatedConvs(nn.Module):
+    """CAB: two plain convolutions with an activation between, gated, plus the input.
+
+    Args:
+        options: see there.
+        activation: one instance, with its slope, may serve many blocks.
+
+    Shape: (B, dim, H, W) -> (B, dim, H, W).
+    """
+
+    def __init__(self, options: ConvOptions, activation: nn.Module) -> None:
+        super().__init__()
+        dim = options.dim
+        self.CA = ChannelGate(options)
+        self.body = nn.Sequential(options.conv(dim, dim), activation, options.conv(dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.CA(self.body(x)) + x
+
+
+class GatedSeparableConvs(nn.Module):
+    """CAB-DSC: two separable convolutions with an activation between, gated, fused with the input.
+
+    Args and shape: as ``GatedConvs``.
+    """
+
+    def __init__(self, options: ConvOptions, activation: nn.Module) -> None:
+        super().__init__()
+        dim = options.dim
+        self.CA = ChannelGate(options)
+        self.body = nn.Sequential(SeparableConv(dim, dim), activation, SeparableConv(dim, dim))
+        self.S2FB2 = FuseTwo(options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.S2FB2(self.CA(self.body(x)), x)

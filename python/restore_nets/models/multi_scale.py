@@ -1,0 +1,91 @@
+"""The multi-scale encoder-decoder of association learning (arXiv 2311.05147): one width, four sizes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor, nn
+
+from restore_nets.models.fusion import ConvOptions, FuseFour, FuseTwo, GatedConvs, GatedSeparableConvs
+
+Levels = tuple[Tensor, Tensor, Tensor]  # (B, dim, H/2, W/2), (B, dim, H/4, W/4), (B, dim, H/8, W/8)
+
+
+def resize(dim: int, factor: float) -> nn.Sequential:
+    """Bilinear resizing by a factor, then a 1x1 convolution without bias."""
+    layers = nn.Upsample(scale_factor=factor, mode="bilinear"), nn.Conv2d(dim, dim, 1, bias=False)
+    return nn.Sequential(OrderedDict({"up" if factor > 1 else "down": nn.Sequential(*layers)}))
+
+
+class Encoder(nn.Module):
+    """Three levels, each at half the size of the one before.
+
+    Shape: (B, dim, H, W) -> ``Levels``, H and W multiples of 8.
+    """
+
+    def __init__(self, options: ConvOptions, activation: nn.Module) -> None:
+        super().__init__()
+        self.encoder_level1 = _EncoderLevel(options, activation)
+        self.encoder_level2 = _EncoderLevel(options, activation)
+        self.encoder_level3 = _EncoderLevel(options, activation)
+        self.down_stage1 = resize(options.dim, 1 / 2)
+        self.down_stage2 = resize(options.dim, 1 / 2)
+        self.down_stage3 = resize(options.dim, 1 / 2)
+
+    def forward(self, x: Tensor) -> Levels:
+        level1 = self.encoder_level1(self.down_stage1(x))
+        level2 = self.encoder_level2(self.down_stage2(level1))
+        level3 = self.encoder_level3(self.down_stage3(level2))
+        return level1, level2, level3
+
+
+class Decoder(nn.Module):
+    """From the smallest level up; each joins what lies below it with the encoder's levels, resized.
+
+    Shape: ``Levels`` -> (B, dim, H, W).
+    """
+
+    def __init__(self, options: ConvOptions, activation: nn.Module) -> None:
+        super().__init__()
+        self.decoder_level1 = _DecoderLevel(options, activation)
+        self.decoder_level2 = _DecoderLevel(options, activation)
+        self.decoder_level3 = _DecoderLevel(options, activation)
+        self.up_stage1 = resize(options.dim, 2)
+        self.up_stage2 = resize(options.dim, 2)
+        self.up_stage3 = resize(options.dim, 2)
+        # From one of the encoder's levels to another: the first digit says which, the second whereto.
+        self.up_32 = resize(options.dim, 2)
+        self.up_31 = resize(options.dim, 4)
+        self.up_21 = resize(options.dim, 2)
+        self.down_13 = resize(options.dim, 1 / 4)
+        self.down_23 = resize(options.dim, 1 / 2)
+        self.down_12 = resize(options.dim, 1 / 2)
+
+    def forward(self, levels: Levels) -> Tensor:
+        level1, level2, level3 = levels
+        x = self.decoder_level3(level3, level3, self.down_23(level2), self.down_13(level1))
+        x = self.decoder_level2(self.up_stage3(x), level2, self.down_12(level1), self.up_32(level3))
+        x = self.decoder_level1(self.up_stage2(x), level1, self.up_21(level2), self.up_31(level3))
+        return self.up_stage1(x)
+
+
+class _EncoderLevel(nn.Module):
+    def __init__(self, options: ConvOptions, activation: nn.Module) -> None:
+        super().__init__()
+        self.CAB1 = GatedSeparableConvs(options, activation)
+        self.S2FB2 = FuseTwo(options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.S2FB2(x, self.CAB1(x))
+
+
+class _DecoderLevel(nn.Module):
+    def __init__(self, options: ConvOptions, activation: nn.Module) -> None:
+        super().__init__()
+        self.S2FB0 = FuseFour(options)
+        self.CAB1 = GatedConvs(options, activation)
+        self.S2FB2 = FuseTwo(options)
+
+    def forward(self, below: Tensor, own: Tensor, third: Tensor, fourth: Tensor) -> Tensor:
+        x = self.S2FB0(below, own, third, fourth)
+        return self.S2FB2(x, self.CAB1(x))
