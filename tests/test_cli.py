@@ -50,6 +50,16 @@ def photos(tmp_path):
     return folder
 
 
+@pytest.fixture
+def recipe(photos, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: {json.dumps(TINY)}\ndata: {{photos: {photos}}}\n"
+        f"out: {tmp_path / 'run'}\nsteps: 2\nbatch: 1\ncrop: 16\n"
+    )
+    return path
+
+
 @pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["restore"], ["models"]])
 def test_help(command, capsys):
     assert cli.run([*command, "--help"]) == 0
@@ -83,6 +93,8 @@ def test_models(capsys):
         (["demo", "--device", "tpu"], "device must be cpu, cuda or cuda:N; got 'tpu'"),
         (["train"], "Missing option '--config'"),
         (["train", "--config", "absent.yaml"], "absent.yaml"),
+        (["train", "--config", "recipe.yaml", "--edge-weight", "-1"], "edge_weight must not be negative"),
+        (["train", "--config", "recipe.yaml", "--half-weight", "much"], "Invalid value for '--half-weight'"),
         (["restore"], "Missing argument"),
         (["restore", "model.safetensors", "a.png"], "Missing option '--out'"),
         (["restore", "absent.safetensors", "photos/a.png", "--out", "out"], "absent.safetensors"),
@@ -109,7 +121,9 @@ def test_models(capsys):
         ),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, weights, bare, photos, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_one_line(
+    arguments, message, weights, bare, recipe, photos, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert cli.run(arguments) == 2
@@ -188,12 +202,7 @@ def test_interrupt(weights, photos, tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_train_then_restore(photos, tmp_path, capsys):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"model: {json.dumps(TINY)}\ndata: {{photos: {photos}}}\n"
-        f"out: {tmp_path / 'run'}\nsteps: 2\nbatch: 1\ncrop: 16\n"
-    )
+def test_train_then_restore(recipe, photos, tmp_path, capsys):
     assert cli.run(["train", "--config", str(recipe)]) == 0
     weights = tmp_path / "run" / "model.safetensors"
     assert str(weights) in capsys.readouterr().out
@@ -201,6 +210,15 @@ def test_train_then_restore(photos, tmp_path, capsys):
     assert "--resume" in capsys.readouterr().err
     assert cli.run(["train", "--config", str(recipe), "--resume"]) == 0
     assert cli.run(["restore", str(weights), str(photos / "a.png"), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_weights_of_losses_take_the_place_of_the_recipes(recipe, tmp_path, capsys):
+    command = ["train", "--config", str(recipe), "--edge-weight", "0.05", "--ssim-weight", "0.2"]
+    assert cli.run(command) == 0
+    assert cli.run(["train", "--config", str(recipe), "--resume"]) == 2
+    assert "was trained with edge_weight = 0.05; got 0.0" in capsys.readouterr().err
+    recipe.write_text(recipe.read_text() + "edge_weight: 0.05\nssim_weight: 0.2\n")
+    assert cli.run(["train", "--config", str(recipe), "--resume"]) == 0
 
 
 def test_development_mode_shows_the_traceback(tmp_path):

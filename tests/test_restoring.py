@@ -70,6 +70,20 @@ def test_tiles_of_a_local_network_equal_the_whole(size):
     torch.testing.assert_close(tiled[:, inside], whole[:, inside], rtol=0, atol=1e-6)
 
 
+class TwoOutputs(Local):
+    """The same, with a second result at half resolution."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        restored = super().forward(x)
+        return restored, nn.functional.avg_pool2d(x, 2)
+
+
+@pytest.mark.parametrize("tile", [0, SMALLEST_TILE])
+def test_of_two_outputs_the_first_is_the_photo(tile):
+    image = photo(250, 301)
+    assert torch.equal(restore(TwoOutputs(), image, tile), restore(Local(), image, tile))
+
+
 def test_no_seams_where_tiles_differ_in_level():
     """Tiles whose results differ by a constant fade into each other: no step is steeper than the fade."""
     ramp = torch.linspace(0.2, 0.8, 700).expand(3, 200, 700).contiguous()

@@ -72,20 +72,35 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")
     ] = False,
+    half_weight: Annotated[
+        float | None, typer.Option(help="Weight of the loss at half resolution, instead of the recipe's.")
+    ] = None,
+    edge_weight: Annotated[
+        float | None, typer.Option(help="Weight of the edge loss, instead of the recipe's.")
+    ] = None,
+    ssim_weight: Annotated[
+        float | None, typer.Option(help="Weight of the loss 1 - SSIM, instead of the recipe's.")
+    ] = None,
 ) -> None:
     """Train a network by a recipe.
 
     A recipe has the keys model (name and options), data (photos: a folder of clean photos, or pairs:
     a folder with input/ and target/), out and steps, and may have learning_rate, weight_decay, batch,
-    crop, seed, precision (float32 or bfloat16), device, workers and checkpoint_every.
+    crop, seed, precision (float32 or bfloat16), device, workers, checkpoint_every and the weights of
+    losses beside Charbonnier's of the restored image: half_weight (0.8; for networks that also return
+    a result at half resolution), edge_weight (0) and ssim_weight (0).
     """
+    from dataclasses import replace
+
     from rich.console import Console
 
     from restore_nets.recipe import load_recipe
     from restore_nets.running import run_recipe
 
     console = Console()
-    weights = run_recipe(load_recipe(config), resume, console)
+    losses = {"half_weight": half_weight, "edge_weight": edge_weight, "ssim_weight": ssim_weight}
+    given = {name: weight for name, weight in losses.items() if weight is not None}
+    weights = run_recipe(replace(load_recipe(config), **given), resume, console)
     console.print(f"Weights: {weights}", soft_wrap=True)
 
 

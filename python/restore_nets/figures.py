@@ -60,7 +60,7 @@ def loss_curve(losses: Sequence[float]) -> Figure:
     if len(losses) >= span:
         mean = np.convolve(losses, np.ones(span) / span, mode="valid")
         axes.plot(steps[span - 1 :], mean, color=_BLUE, linewidth=1.8, label=f"mean of {span} steps")
-    axes.set(xlabel="step", ylabel="Charbonnier loss", yscale="log", xlim=(1, max(2, len(losses))))
+    axes.set(xlabel="step", ylabel="loss", yscale="log", xlim=(1, max(2, len(losses))))
     axes.legend(frameon=False)
     return figure
 

@@ -91,7 +91,7 @@ def score(image: Tensor, target: Tensor, preset: str) -> Score:
             f"target must have the shape of image, {tuple(image.shape)}; got {tuple(target.shape)}"
         )
     x, y = (_channels(picture, PRESETS[preset]) for picture in (image, target))
-    return Score(_psnr(x, y), _ssim(x, y))
+    return Score(_psnr(x, y), float(ssim(x, y, PEAK)))
 
 
 def _channels(image: Tensor, preset: Preset) -> Tensor:
@@ -108,19 +108,21 @@ def _psnr(x: Tensor, y: Tensor) -> float:
     return 10 * math.log10(PEAK**2 / error) if error else math.inf
 
 
-def _ssim(x: Tensor, y: Tensor) -> float:
-    c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
+def ssim(x: Tensor, y: Tensor, peak: float) -> Tensor:
+    """The mean SSIM of pictures, differentiable: x, y (..., H, W) with H, W >= 11 -> a scalar."""
+    x, y = x.reshape(-1, *x.shape[-2:]), y.reshape(-1, *y.shape[-2:])
+    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
     mean_x, mean_y, square_x, square_y, product = _window_means(torch.stack((x, y, x * x, y * y, x * y)))
     variance_x, variance_y = square_x - mean_x**2, square_y - mean_y**2
     covariance = product - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
-    return float((luminance * structure).mean())
+    return (luminance * structure).mean()
 
 
 def _window_means(x: Tensor) -> Tensor:
     """Gaussian means over the window, where it fits: (A, C, H, W) -> (A, C, H - 10, W - 10)."""
-    offsets = torch.arange(SSIM_WINDOW, dtype=x.dtype) - SSIM_WINDOW // 2
+    offsets = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device) - SSIM_WINDOW // 2
     gaussian = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
     gaussian /= gaussian.sum()
     rows = F.conv2d(x.flatten(0, 1)[:, None], gaussian.view(1, 1, -1, 1))

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from restore_nets.data import Crops, PairedCrops, RainCrops, read_pairs, read_photos
+from restore_nets.losses import HALF_WEIGHT
 from restore_nets.models.options import suggestion
 from restore_nets.photos import TRAINING, shipped_photos
 from restore_nets.training import TrainingConfig
@@ -43,7 +44,8 @@ class Recipe:
         model: ``name`` and options, as for ``create_model``.
         data: see ``DataRecipe``.
         out: folder for the checkpoint, the weights and the losses.
-        steps, learning_rate, weight_decay, precision, device, workers: see ``TrainingConfig``.
+        steps, learning_rate, weight_decay, precision, device, workers, half_weight, edge_weight,
+            ssim_weight: see ``TrainingConfig``.
         batch: crops per step.
         crop: their side, in pixels.
         seed: of the initial weights, the crops and the rain.
@@ -62,6 +64,9 @@ class Recipe:
     precision: str = "float32"
     device: str = "cpu"
     workers: int = 0
+    half_weight: float = HALF_WEIGHT
+    edge_weight: float = 0.0
+    ssim_weight: float = 0.0
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from restore_nets.images import is_image_name, read_colour_profile, read_image, write_image
+from restore_nets.losses import outputs_of
 
 DEFAULT_TILE = 512
 OVERLAP = 64  # pixels that neighbouring tiles share, over which one fades into the other
@@ -25,7 +26,8 @@ def restore(model: nn.Module, image: Tensor, tile: int = DEFAULT_TILE) -> Tensor
     needs memory for one tile, whatever the size of the photo.
 
     Args:
-        model: maps (1, 3, H, W) to (1, 3, H, W); used on the device of its parameters.
+        model: maps (1, 3, H, W) to (1, 3, H, W), or to a pair of which that is the first; used on the
+            device of its parameters.
         image: (3, H, W), float32 in [0, 1].
         tile: longest side that the network sees at once, in pixels, at least ``SMALLEST_TILE``; 0
             for the whole photo whatever its size.
@@ -45,7 +47,8 @@ def restore(model: nn.Module, image: Tensor, tile: int = DEFAULT_TILE) -> Tensor
             for left, right, column_weights in spans(width, tile or width):
                 piece = image[None, :, top:bottom, left:right].to(device, memory_format=torch.channels_last)
                 weights = row_weights[:, None] * column_weights
-                restored[:, top:bottom, left:right] += model(piece)[0].float().to(image.device) * weights
+                result, _ = outputs_of(model(piece))
+                restored[:, top:bottom, left:right] += result[0].float().to(image.device) * weights
     return restored.clamp_(0, 1)
 
 

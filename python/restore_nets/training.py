@@ -1,4 +1,4 @@
-"""Training a restoration network: AdamW, cosine schedule, Charbonnier loss, exact resuming."""
+"""Training a restoration network: AdamW, cosine schedule, exact resuming."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 
 from restore_nets.data import Crops
 from restore_nets.files import written_whole
+from restore_nets.losses import HALF_WEIGHT, training_loss
+from restore_nets.metrics import SSIM_WINDOW
 
 PRECISIONS = ("float32", "bfloat16")
-CHARBONNIER_EPSILON = 1e-3
 ADAM_BETAS = (0.9, 0.99)
 MAX_GRADIENT_NORM = 1.0
 WARMUP_SHARE = 0.05  # of all steps
@@ -33,6 +34,10 @@ class TrainingConfig:
         precision: ``"float32"``, or ``"bfloat16"`` for autocast.
         device: as for ``torch.device``.
         workers: processes that prepare batches; 0 prepares them in this one.
+        half_weight: of the loss at half resolution, beside 1 at full resolution; without effect on
+            networks that return no image at half resolution.
+        edge_weight: of the edge loss, see ``losses.edge_loss``; 0 leaves it out.
+        ssim_weight: of 1 - SSIM; 0 leaves it out.
     """
 
     steps: int
@@ -41,14 +46,18 @@ class TrainingConfig:
     precision: str = "float32"
     device: str = "cpu"
     workers: int = 0
+    half_weight: float = HALF_WEIGHT
+    edge_weight: float = 0.0
+    ssim_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1; got {self.steps}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must not be negative; got {self.weight_decay}")
+        for name in ("weight_decay", "half_weight", "edge_weight", "ssim_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
         if self.workers < 0:
@@ -66,7 +75,8 @@ class Trainer:
     that is not interrupted.
 
     Args:
-        model: maps degraded (B, 3, H, W) to restored (B, 3, H, W); moved to the config's device.
+        model: maps degraded (B, 3, H, W) to restored (B, 3, H, W), or to a pair of that and the
+            restored image at half resolution; moved to the config's device.
         crops: the batches.
         config: see there.
 
@@ -80,6 +90,10 @@ class Trainer:
     def __init__(self, model: nn.Module, crops: Crops, config: TrainingConfig) -> None:
         if len(crops) < config.steps:
             raise ValueError(f"crops must hold a batch for each of {config.steps} steps; got {len(crops)}")
+        if config.ssim_weight and crops.crop < SSIM_WINDOW:
+            raise ValueError(
+                f"crop must be at least {SSIM_WINDOW} where ssim_weight is not 0; got {crops.crop}"
+            )
         self.device = available_device(config.device)
         self.model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.crops, self.config = crops, config
@@ -116,8 +130,9 @@ class Trainer:
             group["lr"] = self.config.learning_rate * schedule(step, self.config.steps)
         narrow = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=narrow):
-            restored = self.model(degraded.contiguous(memory_format=torch.channels_last))
-        loss = charbonnier(restored.float(), clean)
+            output = self.model(degraded.contiguous(memory_format=torch.channels_last))
+        weights = (self.config.half_weight, self.config.edge_weight, self.config.ssim_weight)
+        loss = training_loss(output, clean, *weights)
         value = loss.item()
         if not math.isfinite(value):
             raise RuntimeError(
@@ -193,11 +208,6 @@ def schedule(step: int, steps: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def charbonnier(restored: Tensor, clean: Tensor) -> Tensor:
-    """mean sqrt((restored - clean)^2 + eps^2), eps = 1e-3 (Charbonnier et al., 1994): a smooth L1."""
-    return ((restored - clean).square() + CHARBONNIER_EPSILON**2).sqrt().mean()
 
 
 def available_device(name: str) -> torch.device:
