@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of top-k attention ahead of time, for GPUs that are not here.
+"""Compiles the Triton kernels of every operator ahead of time, for GPUs that are not here.
 
 ``python tests/aot.py`` prints a table: every kernel that the networks' shapes launch, per
 architecture and dtype, with what the assembler and the disassembler say of it. The launchers run on
@@ -70,55 +70,93 @@ def _qkv(batch: int, heads: int, channels: int, pixels: int, dtype: torch.dtype)
     return tuple(x.unflatten(1, (heads, channels)) for x in qkv.chunk(3, dim=1))
 
 
-def _channel(launchers: Any, heads: int, projected: bool, dtype: torch.dtype) -> None:
+def _temperature(batch: int, heads: int) -> Tensor:
+    return _empty((heads,), torch.float32).expand(batch, heads)
+
+
+def _channel(dtype: torch.dtype, heads: int, projected: bool) -> tuple[Tensor | None, ...]:
+    """q, k, v, temperature and out_proj."""
     batch, channels, pixels = 2, 48, 4096
-    q, k, v = _qkv(batch, heads, channels, pixels, dtype)
-    temperature, weights = _empty((heads,), torch.float32).expand(batch, heads), _empty((4,), torch.float32)
-    weights = weights.expand(batch, heads, 4)
     out_proj = _empty((heads * channels, heads * channels), dtype) if projected else None
-    call = (q, k, v, temperature, weights, out_proj)
+    return (*_qkv(batch, heads, channels, pixels, dtype), _temperature(batch, heads), out_proj)
+
+
+def _topk_channel(dtype: torch.dtype, heads: int = 1, projected: bool = False) -> None:
+    from restore_kernels.topk_attention import triton_launch as launchers
+
+    q, k, v, temperature, out_proj = _channel(dtype, heads, projected)
+    call = (q, k, v, temperature, _empty((4,), torch.float32).expand(2, heads, 4), out_proj)
     topk = (24, 32, 36, 38)
     out, *saved = launchers.topk_attention_channel(*call, topk, True)
     launchers.topk_attention_channel_backward(out, *call, *saved, topk, True)
 
 
-def _token(launchers: Any, tokens: int, depth: int, dtype: torch.dtype) -> None:
+def _topk_token(dtype: torch.dtype, tokens: int, depth: int) -> None:
+    from restore_kernels.topk_attention import triton_launch as launchers
+
     batch, heads = 4, 2
     q, k, v = (_empty((batch, heads, tokens, depth), dtype) for _ in "qkv")
-    temperature = _empty((heads,), torch.float32).expand(batch, heads)
-    weights = _empty((batch, heads, 2), torch.float32)
-    call = (q, k, v, temperature, weights)
+    call = (q, k, v, _temperature(batch, heads), _empty((batch, heads, 2), torch.float32))
     topk = (tokens, tokens // 2)
     out, *saved = launchers.topk_attention_token(*call, topk, True)
     launchers.topk_attention_token_backward(out, *call, *saved, topk, True)
 
 
-CASES: dict[str, Callable[[Any, torch.dtype], None]] = {
-    "channel heads=1": lambda launchers, dtype: _channel(launchers, 1, False, dtype),
-    "channel heads=1 out_proj": lambda launchers, dtype: _channel(launchers, 1, True, dtype),
-    "channel heads=8 out_proj": lambda launchers, dtype: _channel(launchers, 8, True, dtype),
-    "token D=32 M=64": lambda launchers, dtype: _token(launchers, 64, 32, dtype),
-    "token D=48 M=64": lambda launchers, dtype: _token(launchers, 64, 48, dtype),
-    "token D=32 M=4096": lambda launchers, dtype: _token(launchers, 4096, 32, dtype),
+def _masked_channel(dtype: torch.dtype, heads: int, rows: int, projected: bool) -> None:
+    from restore_kernels.masked_attention import triton_launch as launchers
+
+    q, k, v, temperature, out_proj = _channel(dtype, heads, projected)
+    mask = _empty((q.shape[0], 1, rows, q.shape[3]), torch.float32).expand(-1, heads, -1, -1)
+    call = (q, k, v, mask, temperature, out_proj)
+    out, *saved = launchers.masked_attention_channel(*call, True)
+    launchers.masked_attention_channel_backward(out, *call, *saved, True)
+
+
+def _masked_token(dtype: torch.dtype, queries: int, keys: int, depth: int, batch: int = 1) -> None:
+    from restore_kernels.masked_attention import triton_launch as launchers
+
+    heads = 2
+    q, k, v = (_empty((batch, heads, rows, depth), dtype) for rows in (queries, keys, keys))
+    mask = _empty((batch, 1, keys), torch.float32).expand(-1, heads, -1)
+    call = (q, k, v, mask, _temperature(batch, heads))
+    out, log_sum_exp, wide_out = launchers.masked_attention_token(*call, True)
+    saved = (wide_out if wide_out.numel() else out, log_sum_exp)
+    launchers.masked_attention_token_backward(out, *call, *saved, True)
+
+
+CASES: dict[str, Callable[[torch.dtype], None]] = {
+    "channel heads=1": lambda dtype: _topk_channel(dtype),
+    "channel heads=1 out_proj": lambda dtype: _topk_channel(dtype, projected=True),
+    "channel heads=8 out_proj": lambda dtype: _topk_channel(dtype, heads=8, projected=True),
+    "token D=32 M=64": lambda dtype: _topk_token(dtype, 64, 32),
+    "token D=48 M=64": lambda dtype: _topk_token(dtype, 64, 48),
+    "token D=32 M=4096": lambda dtype: _topk_token(dtype, 4096, 32),
+    "masked channel heads=1 gated": lambda dtype: _masked_channel(dtype, 1, 48, False),
+    "masked channel out_proj per-pixel mask": lambda dtype: _masked_channel(dtype, 2, 1, True),
+    "masked token 16x65536 D=48": lambda dtype: _masked_token(dtype, 16, 65536, 48),
+    "masked token 65536x16 D=48": lambda dtype: _masked_token(dtype, 65536, 16, 48),
+    "masked token window 64x64 D=32": lambda dtype: _masked_token(dtype, 64, 64, 32, batch=64),
 }
 
 
 def launches(case: str, dtype: str, architecture: int) -> list[Launch]:
     """What a forward and backward pass of the case launches, in order, each specialisation once."""
-    from restore_kernels.topk_attention import triton_launch
+    from triton.runtime.jit import JITFunction
+
+    from restore_kernels.triton_common import launching
 
     recorded: dict[str, Launch] = {}
 
-    def record(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-        launch = Launch(case, dtype, kernel, args, {"num_warps": 4, "enable_fp_fusion": True, **options})
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launch = Launch(case, dtype, kernel, args, options)
         signature, constants, _ = specialisation(launch)
         recorded.setdefault(f"{kernel.__name__} {signature} {constants}", launch)
 
     with (
-        patch.object(triton_launch, "launch", record),
-        patch.object(triton_launch, "_capability", lambda device: architecture // 10),
+        patch.object(JITFunction, "run", record),
+        patch.object(launching, "capability", lambda device: architecture // 10),
     ):
-        CASES[case](triton_launch, getattr(torch, dtype))
+        CASES[case](getattr(torch, dtype))
     return list(recorded.values())
 
 
@@ -137,8 +175,8 @@ def specialisation(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict
             attributes[path] = [["tt.divisibility", 16]]
             names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
             return "*" + names[str(value.dtype).removeprefix("torch.")]
-        if value == 1:
-            constants[path] = 1
+        if value is None or value == 1:
+            constants[path] = value
             return "constexpr"
         if value % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
@@ -216,7 +254,7 @@ def main() -> None:
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
-    form = "{:<26}{:<26}{:>5}  {:<9}{:>6}{:>11}{:>8}{:>9}  {}"
+    form = "{:<40}{:<26}{:>5}  {:<9}{:>6}{:>11}{:>8}{:>9}  {}"
     if not options.json:
         print(
             form.format(

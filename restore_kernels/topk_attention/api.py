@@ -70,8 +70,9 @@ def topk_attention(
         temperature = 1.0 if normalize else float(q.shape[-1] ** -0.5)
     if not isinstance(temperature, Tensor):
         temperature = torch.full((1, 1), temperature, dtype=dtype, device=q.device)
-    weights = weights.to(dtype).expand(batch, heads, len(counts))
-    temperature = temperature.to(dtype).expand(batch, heads, 1, 1).squeeze(-1).squeeze(-1)
+    if torch._C._are_functorch_transforms_active():
+        weights = weights.expand(batch, heads, len(counts))
+        temperature = temperature.expand(batch, heads, 1, 1)
 
     if layout == "channel":
         channel_inputs = (q, k, v, temperature, weights, out_proj, counts, normalize)

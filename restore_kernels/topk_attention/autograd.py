@@ -1,6 +1,7 @@
 """The autograd Functions of top-k attention, one per layout and pass.
 
-They keep only what backward cannot cheaply recompute (see ``ops.py``).
+They keep only what backward cannot cheaply recompute (see ``ops.py``). Temperature and weights come as
+the caller gave them, broadcastable to (B, H, 1, 1) and (B, H, J); within vmap they have all dimensions.
 """
 
 from __future__ import annotations
@@ -8,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from restore_kernels.functions import BackwardFunction, map_over_batch
+from restore_kernels.functions import BackwardFunction, OperatorFunction, map_over_batch, per_head, sum_to
+from restore_kernels.tensors import accumulate_dtype
 from restore_kernels.topk_attention.ops import overload
 
 
-class ChannelTopKAttention(torch.autograd.Function):
+class ChannelTopKAttention(OperatorFunction):
     """(q, k, v, temperature, weights, out_proj, topk, normalize, backend) -> out, similarity, norms."""
 
     @staticmethod
     def forward(q, k, v, temperature, weights, out_proj, topk, normalize, backend):
         op = overload("topk_attention_channel", backend)
-        return op(q, k, v, temperature, weights, out_proj, topk, normalize)
+        return op(q, k, v, *_per_head(q, temperature, weights, topk), out_proj, topk, normalize)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -34,12 +35,14 @@ class ChannelTopKAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * 9
-        *grads, grad_out_proj = ChannelTopKAttentionBackward.run(
-            grad_out, *ctx.saved_tensors, ctx.topk, ctx.normalize, ctx.backend
-        )
-        out_proj = ctx.saved_tensors[5]
+        q, k, v, temperature, weights, out_proj, *saved = ctx.saved_tensors
+        *grads, grad_temperature, grad_weights, grad_out_proj = ChannelTopKAttentionBackward.run(
+            grad_out, q, k, v, *_per_head(q, temperature, weights, ctx.topk), out_proj, *saved,
+            ctx.topk, ctx.normalize, ctx.backend,
+        )  # fmt: skip
         grad_out_proj = None if out_proj is None else grad_out_proj.to(out_proj.dtype)
-        return (*grads, grad_out_proj, None, None, None)
+        small = sum_to(grad_temperature, temperature), sum_to(grad_weights, weights)
+        return (*grads, *small, grad_out_proj, None, None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any):
@@ -65,13 +68,13 @@ class ChannelTopKAttentionBackward(BackwardFunction):
         return map_over_batch(ChannelTopKAttentionBackward, info, in_dims, args, fold=fold, unbatched=6)
 
 
-class TokenTopKAttention(torch.autograd.Function):
+class TokenTopKAttention(OperatorFunction):
     """(q, k, v, temperature, weights, topk, normalize, backend) -> out, threshold, last_tie, log_sum_exp."""
 
     @staticmethod
     def forward(q, k, v, temperature, weights, topk, normalize, backend):
         op = overload("topk_attention_token", backend)
-        return op(q, k, v, temperature, weights, topk, normalize)
+        return op(q, k, v, *_per_head(q, temperature, weights, topk), topk, normalize)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -84,10 +87,13 @@ class TokenTopKAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * 8
-        grads = TokenTopKAttentionBackward.run(
-            grad_out, *ctx.saved_tensors, ctx.topk, ctx.normalize, ctx.backend
-        )
-        return (*grads, None, None, None)
+        q, k, v, temperature, weights, *saved = ctx.saved_tensors
+        *grads, grad_temperature, grad_weights = TokenTopKAttentionBackward.run(
+            grad_out, q, k, v, *_per_head(q, temperature, weights, ctx.topk), *saved,
+            ctx.topk, ctx.normalize, ctx.backend,
+        )  # fmt: skip
+        small = sum_to(grad_temperature, temperature), sum_to(grad_weights, weights)
+        return (*grads, *small, None, None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any):
@@ -109,3 +115,11 @@ class TokenTopKAttentionBackward(BackwardFunction):
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any):
         return map_over_batch(TokenTopKAttentionBackward, info, in_dims, args)
+
+
+def _per_head(q: Tensor, temperature: Tensor, weights: Tensor, topk: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(B, H) and (B, H, J), as the operators take them."""
+    batch, heads = q.shape[:2]
+    dtype = accumulate_dtype(q.dtype)
+    weights = weights.to(dtype).expand(batch, heads, len(topk))
+    return per_head(temperature, dtype, batch, heads), weights

@@ -38,12 +38,13 @@ def channel(
     q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, weights: Tensor, out_proj: Tensor | None,
     topk: Sequence[int], normalize: bool,
 ) -> Tensor:  # fmt: skip
-    """q, k, v (B, H, C, N); temperature (B, H); weights (B, H, J); out_proj (C_out, H * C)."""
+    """q, k, v (B, H, C, N); out_proj (C_out, H * C); see ``topk_attention`` for the others."""
     dtype = accumulate_dtype(q.dtype)
     q_, k_, v_ = q.to(dtype), k.to(dtype), v.to(dtype)
     if normalize:
         q_, k_ = F.normalize(q_, dim=-1), F.normalize(k_, dim=-1)
-    scores = temperature[..., None, None] * (q_ @ k_.transpose(-2, -1))  # (B, H, C, C)
+    weights = weights.to(dtype).expand(*q.shape[:2], len(topk))
+    scores = temperature.to(dtype) * (q_ @ k_.transpose(-2, -1))  # (B, H, C, C)
     out = branch_mixture(scores, weights, topk) @ v_
     if out_proj is not None:
         out = out_proj.to(dtype) @ out.flatten(1, 2)  # (B, C_out, N)
@@ -54,10 +55,11 @@ def token(
     q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, weights: Tensor,
     topk: Sequence[int], normalize: bool,
 ) -> Tensor:  # fmt: skip
-    """q (B, H, N, D); k (B, H, M, D); v (B, H, M, E); temperature (B, H); weights (B, H, J)."""
+    """q (B, H, N, D); k (B, H, M, D); v (B, H, M, E); see ``topk_attention`` for the others."""
     dtype = accumulate_dtype(q.dtype)
     q_, k_, v_ = q.to(dtype), k.to(dtype), v.to(dtype)
     if normalize:
         q_, k_ = F.normalize(q_, dim=-1), F.normalize(k_, dim=-1)
-    scores = temperature[..., None, None] * (q_ @ k_.transpose(-2, -1))  # (B, H, N, M)
+    weights = weights.to(dtype).expand(*q.shape[:2], len(topk))
+    scores = temperature.to(dtype) * (q_ @ k_.transpose(-2, -1))  # (B, H, N, M)
     return (branch_mixture(scores, weights, topk) @ v_).to(v.dtype)

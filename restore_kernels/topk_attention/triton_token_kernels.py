@@ -32,23 +32,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from restore_kernels.topk_attention.triton_kernels import NORM_CLAMP, batch_and_head, to_operand
 from restore_kernels.topk_attention.triton_token_selection import (
     count_reaching,
     find_tie,
     is_open,
-    load_keys,
-    load_queries,
-    load_rows,
     narrow,
     range_of,
-    score_tile,
     scores_of_keys,
     selected_range,
     smallest_kept,
-    store_rows,
     sum_of_kept,
     to_key,
+)
+from restore_kernels.triton_common.tiles import NORM_CLAMP, batch_and_head, to_operand
+from restore_kernels.triton_common.token_tiles import (
+    load_keys,
+    load_queries,
+    load_rows,
+    score_tile,
+    store_rows,
+    weighted_values,
 )
 
 
@@ -118,13 +121,6 @@ def token_output_kernel(
         v = load_rows(v_ptr, v_stride, offs_m, keys, offs_e, width)  # [BLOCK_M, BLOCK_E]
         out = weighted_values(mixture, v, out, PRECISE, PRECISION)
     store_rows(out_ptr, out_stride, out, offs_n, queries, offs_e, width)
-
-
-@triton.jit
-def weighted_values(mixture, v, out, PRECISE: tl.constexpr, PRECISION: tl.constexpr):
-    """out + P v, with PRECISE in float32."""
-    dtype: tl.constexpr = tl.float32 if PRECISE else v.dtype
-    return tl.dot(mixture.to(dtype), v.to(dtype), out, input_precision=PRECISION)
 
 
 @triton.jit

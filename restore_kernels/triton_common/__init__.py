@@ -1,0 +1,1 @@
+"""What the Triton kernels of several operators share. Only launchers import it: it loads Triton."""

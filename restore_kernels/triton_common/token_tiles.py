@@ -1,0 +1,88 @@
+"""Device functions of token attention: tiles of queries, keys and their scores."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from restore_kernels.triton_common.tiles import NORM_CLAMP, load_tile, store_tile
+
+LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def load_rows(ptr, stride, rows, row_count, columns, column_count):
+    """Rows of one head's (rows, columns) matrix, zero outside."""
+    return load_tile(ptr, rows.to(tl.int64) * stride[2], rows < row_count, columns, column_count, stride[3])
+
+
+@triton.jit
+def store_rows(ptr, stride, tile, rows, row_count, columns, column_count):
+    """Writes what ``load_rows`` with the same arguments reads."""
+    store_tile(ptr, tile, rows.to(tl.int64) * stride[2], rows < row_count, columns, column_count, stride[3])
+
+
+@triton.jit
+def normalized(x, NORMALIZE: tl.constexpr, PRECISE: tl.constexpr):
+    """Operand of the score product, what to multiply the product with, and the norms, per row of x.
+
+    The norm divides the product and leaves the operand in its dtype, or with PRECISE the operand.
+    """
+    ones = tl.full([x.shape[0]], 1.0, tl.float32)
+    norms = ones
+    if NORMALIZE:
+        wide = x.to(tl.float32)
+        squares = tl.sum(wide * wide, axis=1)
+        roots = tl.sqrt_rn(squares) if PRECISE else tl.sqrt(squares)
+        norms = tl.maximum(roots, NORM_CLAMP, propagate_nan=tl.PropagateNan.ALL)
+    if PRECISE:
+        return tl.div_rn(x.to(tl.float32), norms[:, None]), ones, norms
+    else:
+        return x, 1.0 / norms, norms
+
+
+@triton.jit
+def load_queries(
+    q_ptr,
+    q_stride,
+    temperature,
+    offs_n,
+    queries,
+    offs_d,
+    depth,
+    NORMALIZE: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """A tile of queries: operand [BLOCK_N, BLOCK_D], scale of its scores, its own scale and norms."""
+    q = load_rows(q_ptr, q_stride, offs_n, queries, offs_d, depth)
+    q, q_scale, norms = normalized(q, NORMALIZE, PRECISE)
+    return q, temperature * q_scale, q_scale, norms
+
+
+@triton.jit
+def load_keys(k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE: tl.constexpr, PRECISE: tl.constexpr):
+    """A tile of keys: operand [BLOCK_M, BLOCK_D], its scale and norms."""
+    k = load_rows(k_ptr, k_stride, offs_m, keys, offs_d, depth)
+    return normalized(k, NORMALIZE, PRECISE)
+
+
+@triton.jit
+def score_tile(
+    q, row_scale, k, k_scale, offs_m, keys,
+    NORMALIZE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores [BLOCK_N, BLOCK_M], -inf for keys that are none, and the scores before row_scale."""
+    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if NORMALIZE and not PRECISE:
+        # What overflows belongs to an infinite norm, whose scale is 0. Norms carry NaN of the inputs.
+        products = tl.minimum(tl.maximum(products, -LARGEST), LARGEST)
+    products = products * k_scale[None, :]
+    scores = tl.where(offs_m[None, :] < keys, products * row_scale[:, None], float("-inf"))
+    return scores, products
+
+
+@triton.jit
+def weighted_values(mixture, v, out, PRECISE: tl.constexpr, PRECISION: tl.constexpr):
+    """out + P v, with PRECISE in float32."""
+    dtype: tl.constexpr = tl.float32 if PRECISE else v.dtype
+    return tl.dot(mixture.to(dtype), v.to(dtype), out, input_precision=PRECISION)
