@@ -146,6 +146,31 @@ def _storage(x: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
 
 
+def assert_every_element_is_written(problem: Problem, backend: str) -> None:
+    """Deterministic mode fills uninitialised memory with NaN, of which nothing may be left."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3, device=DEVICE).isnan().all()
+        result = evaluate(problem, backend)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, x in result.items():
+        assert x.isfinite().all(), name
+
+
+def assert_reproducible(problem: Problem, backend: str) -> None:
+    """The same bits in every run and, on the CPU, with any number of threads."""
+    first, threads = evaluate(problem, backend), torch.get_num_threads()
+    for count in (threads, 1, 2) if backend == "cpu" else (threads,):
+        torch.set_num_threads(count)
+        try:
+            again = evaluate(problem, backend)
+        finally:
+            torch.set_num_threads(threads)
+        for name, x in first.items():
+            assert torch.equal(x, again[name]), f"{name}, {count} threads"
+
+
 def runnable(explanation: Explanation) -> list[str]:
     """The backends that can run the explained call."""
     return [name for name, why_not in explanation.why_not.items() if why_not is None]

@@ -125,7 +125,7 @@ def test_sums_in_bfloat16(model):
 
 def test_two_lost_bits_of_bfloat16(model):
     """As in float32 accumulators cut to two bits less than bfloat16 has."""
-    case = Case("channel", (2, 2, 12, 300), (3, None), torch.bfloat16)
+    case = Case("channel", (2, 2, 12, 300), (3, None), dtype=torch.bfloat16)
     model("channel", changed_output(0, lambda x: (x.view(torch.int16) & ~3).view(torch.bfloat16)))
     assert_caught(case, "out: ")
 

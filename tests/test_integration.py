@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import conformance
 import pytest
 import torch
-from topk_attention_problems import BACKENDS, FUSED, INTERPRETED, LAYOUTS
+from attention_problems import INTERPRETED, LAYOUTS
+from topk_attention_problems import BACKENDS, FUSED
 from torch import Tensor
 
 from restore_kernels import topk_attention, use_backend

@@ -9,19 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
+import attention_cases
 import conformance
 import pytest
 import torch
-from arrangements import ARRANGEMENTS
-from conformance import assert_conforms, check_runs, evaluate
+from attention_cases import turn
+from attention_problems import ALL_DTYPES, INTERPRETED, LAYOUTS
+from conformance import (
+    assert_conforms,
+    assert_every_element_is_written,
+    assert_reproducible,
+    check_runs,
+    evaluate,
+)  # fmt: skip
 from topk_attention_problems import (
-    ALL_DTYPES,
     BACKENDS,
     BRANCHES,
     EXPLANATION,
-    INTERPRETED,
-    LAYOUTS,
     Case,
     build,
     decided_rows,
@@ -29,71 +35,37 @@ from topk_attention_problems import (
     with_magnitudes,
 )  # fmt: skip
 
-
-def _turn(options, *counters: int):
-    """One of the options; by turns as the counters run."""
-    return options[sum(counters) % len(options)]
-
-
 SPREAD = ("four", "dense_and_half", "half", "falling", "repeated")
 
-CHANNELS = (1, 5, 16, 47, 48, 64, 100)
-PIXELS = (1, 7, 64, 257, 1000)
-TOKENS = (  # queries, keys, length of q and k, length of v
-    (1, 1, 1, 1), (1, 7, 5, 3), (7, 1, 3, 5), (5, 16, 8, 16), (33, 65, 100, 7), (64, 64, 16, 16),
-    (64, 257, 48, 64), (257, 129, 33, 17), (100, 1000, 32, 48), (1000, 64, 8, 8), (65, 300, 1, 1),
-    (5, 140, 4, 3),
-)  # fmt: skip
+
+def _branches(case: dict[str, Any], *counters: int) -> tuple[int | None, ...]:
+    """Of the shared case, by turns."""
+    row = case["shape"][2 if case["layout"] == "channel" else 3]
+    return BRANCHES[turn(SPREAD, *counters)](row)
 
 
 def sizes() -> Iterable[Case]:
-    for i, (channels, pixels) in enumerate(product(CHANNELS, PIXELS)):
-        for dtype in (torch.float32, _turn((torch.bfloat16, torch.float64, torch.float16), i)):
-            batch, heads = _turn(((1, 2), (2, 3), (1, 1), (3, 1)), i)
-            topk = BRANCHES[_turn(SPREAD, i, i // 7)](channels)
-            shape = (batch, heads, channels, pixels)
-            yield Case("channel", shape, topk, dtype, normalize=i % 3 != 0, temperature=(heads, 1, 1))
-    for i, sizes in enumerate(TOKENS):
-        for dtype in ALL_DTYPES:
-            batch, heads = _turn(((1, 1), (2, 3), (1, 2)), i)
-            topk = BRANCHES[_turn(SPREAD, i)](sizes[1])
-            yield Case(
-                "token", (batch, heads, *sizes), topk, dtype, normalize=i % 3 != 0, weights=(len(topk),)
-            )
+    for i, case in enumerate(attention_cases.sizes()):
+        topk = _branches(case, i // 2)
+        yield Case(topk=topk, weights=None if case["layout"] == "channel" else (len(topk),), **case)
 
 
 def _memory() -> Iterable[Case]:
-    shapes = {"channel": (2, 2, 11, 35), "token": (2, 2, 35, 13, 10, 9)}
-    for i, (layout, name) in enumerate(product(LAYOUTS, ARRANGEMENTS)):
-        # With k constant along its rows, all of a row's scores would be equal but for rounding.
-        first = "contiguous" if ARRANGEMENTS[name].shared == 3 else name
-        for dtype in (torch.float32, _turn((torch.bfloat16, torch.float64, torch.float16), i)):
-            grad = _turn(("contiguous", "transposed", "pixel_major", "every_other_element", "unaligned"), i)
-            yield Case(
-                layout, shapes[layout], (4, 6, None), dtype, arrangements=(first, first, name), grad=grad
-            )
-    for layout in LAYOUTS:
-        mixed = ("every_other_element", "pixel_major", "contiguous")
-        for dtype in ALL_DTYPES:
-            yield Case(layout, shapes[layout], (3, None), dtype, arrangements=mixed, grad="one_value")
+    for case in attention_cases.memory_layouts():
+        yield Case(topk=(4, 6, None), **case)
 
 
 def branches() -> Iterable[Case]:
     for (name, topk), layout, normalize in product(BRANCHES.items(), LAYOUTS, (True, False)):
         shape = (1, 2, 15, 40) if layout == "channel" else (1, 2, 20, 15, 8, 8)
-        dtype = _turn(ALL_DTYPES, len(name), normalize)
-        yield Case(layout, shape, topk(15), dtype, normalize, temperature=(2, 1, 1), weights=(len(topk(15)),))
+        dtype = turn(ALL_DTYPES, len(name), normalize)
+        small = {"temperature": (2, 1, 1), "weights": (len(topk(15)),)}
+        yield Case(layout, shape, topk(15), dtype=dtype, normalize=normalize, **small)
 
 
 def _projections() -> Iterable[Case]:
-    for i, (out, (batch, heads, channels, pixels)) in enumerate(
-        product((1, 5, 24, 65), ((2, 2, 12, 33), (1, 1, 48, 64), (1, 4, 6, 1), (3, 1, 5, 300)))
-    ):
-        placed = (_turn(("contiguous", "pixel_major", "qkv_slice", "pixel_major_qkv_slice"), i),) * 3
-        grad = _turn(("contiguous", "pixel_major", "one_value"), i)
-        shape, topk = (batch, heads, channels, pixels), BRANCHES[_turn(SPREAD, i)](channels)
-        for dtype in (torch.float32, _turn((torch.bfloat16, torch.float64, torch.float16), i)):
-            yield Case("channel", shape, topk, dtype, out_proj=out, arrangements=placed, grad=grad)
+    for i, case in enumerate(attention_cases.projections()):
+        yield Case(topk=_branches(case, i // 2), **case)
 
 
 def _broadcasts() -> Iterable[Case]:
@@ -137,8 +109,8 @@ def test_broadcast_temperature_and_weights(backend, case):
 def _basic(dtypes: Iterable[torch.dtype] = ALL_DTYPES) -> Iterable[Case]:
     small = {"temperature": (2, 1, 1), "weights": (3,)}
     for dtype in dtypes:
-        yield Case("channel", (1, 2, 12, 30), (3, 6, None), dtype, **small)
-        yield Case("token", (1, 2, 20, 12, 8, 9), (3, 6, None), dtype, **small)
+        yield Case("channel", (1, 2, 12, 30), (3, 6, None), dtype=dtype, **small)
+        yield Case("token", (1, 2, 20, 12, 8, 9), (3, 6, None), dtype=dtype, **small)
 
 
 def _with(case: Case, **tensors: torch.Tensor) -> conformance.Problem:
@@ -206,19 +178,12 @@ def test_zero_vectors(backend, case):
 
 def _scaled(layout: str, dtype: torch.dtype, size: float) -> conformance.Problem:
     shape = (1, 1, 12, 40) if layout == "channel" else (1, 1, 20, 12, 8, 9)
-    problem = build(Case(layout, shape, (4, None), dtype, temperature=(1, 1, 1)))
+    problem = build(Case(layout, shape, (4, None), dtype=dtype, temperature=(1, 1, 1)))
     scaled = {name: problem.tensors[name] * size for name in "qk"}
     return replace(problem, tensors={**problem.tensors, **scaled})
 
 
-MAGNITUDES = [
-    *((torch.float32, size) for size in (1e-15, 1e-9, 1e4, 1e15)),
-    *((torch.bfloat16, size) for size in (1e-15, 1e4, 1e15)),
-    *((torch.float16, size) for size in (1e-4, 4e3)),  # at 4e3 the sum of squares is beyond float16
-]
-
-
-@pytest.mark.parametrize(("dtype", "size"), MAGNITUDES)
+@pytest.mark.parametrize(("dtype", "size"), attention_cases.MAGNITUDES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_magnitudes(backend, layout, dtype, size):
@@ -264,31 +229,12 @@ def test_empty_batch(backend, layout, out_proj):
 
 @each(_basic())
 def test_every_element_is_written(backend, case):
-    """Deterministic mode fills uninitialised memory with NaN, of which nothing may be left."""
-    problem = build(case)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3, device=conformance.DEVICE).isnan().all()
-        result = evaluate(problem, backend)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for name, x in result.items():
-        assert x.isfinite().all(), name
+    assert_every_element_is_written(build(case), backend)
 
 
 @each(_basic(dtypes=(torch.float32, torch.bfloat16)))
 def test_results_are_bitwise_reproducible(backend, case):
-    """In every run and, on the CPU, with any number of threads."""
     if backend not in INTERPRETED:
         shape = (2, 2, 48, 600) if case.layout == "channel" else (1, 2, 300, 200, 16, 16)
         case = replace(case, shape=shape)
-    problem = build(case)
-    first, threads = evaluate(problem, backend), torch.get_num_threads()
-    for count in (threads, 1, 2) if backend == "cpu" else (threads,):
-        torch.set_num_threads(count)
-        try:
-            again = evaluate(problem, backend)
-        finally:
-            torch.set_num_threads(threads)
-        for name, x in first.items():
-            assert torch.equal(x, again[name]), f"{name}, {count} threads"
+    assert_reproducible(build(case), backend)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from arrangements import ARRANGEMENTS
+from attention_problems import ALL_DTYPES, DTYPES, INTERPRETED
 from conformance import assert_conforms
-from topk_attention_problems import ALL_DTYPES, DTYPES, FUSED, INTERPRETED, Case, build
+from topk_attention_problems import FUSED, Case, build
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

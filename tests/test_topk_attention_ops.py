@@ -9,18 +9,9 @@ import conformance
 import pytest
 import topk_attention_contract as contract
 import torch
+from attention_problems import ALL_DTYPES, DTYPES, INTERPRETED
 from conformance import judge
-from topk_attention_problems import (
-    ALL_DTYPES,
-    BACKENDS,
-    DTYPES,
-    FUSED,
-    INTERPRETED,
-    Case,
-    build,
-    decided_rows,
-    each,
-)  # fmt: skip
+from topk_attention_problems import BACKENDS, FUSED, Case, build, decided_rows, each
 from torch import Tensor
 
 from restore_kernels import topk_attention
@@ -151,7 +142,10 @@ def test_operators_are_registered_correctly(backend, case):
 def test_gradcheck(backend, layout, out_proj, normalize):
     shape = (2, 2, 5, 6) if layout == "channel" else (2, 2, 4, 5, 3, 2)
     problem = build(
-        Case(layout, shape, (2, 3, None), torch.float64, normalize, out_proj, (2, 1, 1), (2, 3))
+        Case(
+            layout, shape, (2, 3, None), dtype=torch.float64, normalize=normalize, out_proj=out_proj,
+            temperature=(2, 1, 1), weights=(2, 3),
+        )
     )  # fmt: skip
     names, inputs = list(problem.tensors), [x.detach().requires_grad_() for x in problem.tensors.values()]
 

@@ -43,7 +43,7 @@ def normalized(rows: list) -> list:
 @pytest.mark.parametrize("layout", ["channel", "token"])
 def test_is_what_the_documentation_says(layout, normalize):
     shape = (2, 2, 6, 5) if layout == "channel" else (2, 2, 4, 6, 3, 5)
-    problem = build(Case(layout, shape, (2, 4, None), torch.float64, normalize))
+    problem = build(Case(layout, shape, (2, 4, None), dtype=torch.float64, normalize=normalize))
     q, k, v = (problem.tensors[name] for name in "qkv")
     weights, temperature = q.new_tensor([0.5, 1.5, -0.25]), q.new_tensor([1.5, -0.75])
     out = topk_attention(
@@ -62,7 +62,7 @@ def test_is_what_the_documentation_says(layout, normalize):
 
 
 def test_defaults():
-    problem = build(Case("token", (1, 2, 5, 6, 3, 4), (2, None), torch.float64))
+    problem = build(Case("token", (1, 2, 5, 6, 3, 4), (2, None), dtype=torch.float64))
     q, k, v = (problem.tensors[name] for name in "qkv")
 
     def call(**options: object) -> Tensor:
@@ -74,14 +74,14 @@ def test_defaults():
 
 
 def test_one_dense_branch_is_scaled_dot_product_attention():
-    problem = build(Case("token", (2, 3, 20, 17, 8, 5), (None,), torch.float64, normalize=False))
+    problem = build(Case("token", (2, 3, 20, 17, 8, 5), (None,), dtype=torch.float64, normalize=False))
     q, k, v = (problem.tensors[name] for name in "qkv")
     out = topk_attention(q, k, v, [None], normalize=False, layout="token", backend="eager")
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), rtol=1e-12, atol=1e-12)
 
 
 def test_projection_is_a_1x1_convolution():
-    problem = build(Case("channel", (2, 3, 6, 35), (3, None), torch.float64, out_proj=7))
+    problem = build(Case("channel", (2, 3, 6, 35), (3, None), dtype=torch.float64, out_proj=7))
     q, k, v, weight = (problem.tensors[name] for name in ("q", "k", "v", "out_proj"))
     out = topk_attention(q, k, v, [3, None], out_proj=weight, backend="eager")
     image = topk_attention(q, k, v, [3, None], backend="eager").reshape(2, 18, 5, 7)

@@ -10,22 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from attention_contract import normalized_product, similarity_backward, write_rows
 from torch import Tensor
 
-from restore_kernels.tensors import accumulate_dtype, empty_like_rows
-
-CLAMP = 1e-12
-
-
-def row_norms(x: Tensor, normalize: bool) -> Tensor:
-    """(..., R, L) -> (..., R): L2 norms clamped from below, or ones."""
-    return x.norm(dim=-1).clamp_min(CLAMP) if normalize else torch.ones_like(x[..., 0])
-
-
-def normalized_product(q: Tensor, k: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Similarity (B, H, R, L), and the norms of q's and k's rows."""
-    norms_q, norms_k = row_norms(q, normalize), row_norms(k, normalize)
-    return (q / norms_q[..., None]) @ (k / norms_k[..., None]).mT, norms_q, norms_k
+from restore_kernels.tensors import accumulate_dtype
 
 
 def kept_entries(scores: Tensor, count: int) -> Tensor:
@@ -50,26 +38,6 @@ def mixture_backward(
     return grad_scores, row_sums.sum((-1, -2)).movedim(0, -1)
 
 
-def similarity_backward(
-    grad: Tensor, similarity: Tensor, q: Tensor, k: Tensor, norms_q: Tensor, norms_k: Tensor, normalize: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients to q and k of similarity = (q / norms_q) (k / norms_k)ᵀ; a clamped norm is a constant."""
-    unit_q, unit_k = q / norms_q[..., None], k / norms_k[..., None]
-    grad_q, grad_k = grad @ unit_k, grad.mT @ unit_q
-    if normalize:
-        product = grad * similarity
-        radial_q = product.sum(-1).masked_fill(norms_q <= CLAMP, 0)
-        radial_k = product.sum(-2).masked_fill(norms_k <= CLAMP, 0)
-        grad_q = grad_q - radial_q[..., None] * unit_q
-        grad_k = grad_k - radial_k[..., None] * unit_k
-    return grad_q / norms_q[..., None], grad_k / norms_k[..., None]
-
-
-def _write(x: Tensor, like: Tensor) -> Tensor:
-    """x in the dtype and memory format that the operator promises for an output like ``like``."""
-    return empty_like_rows(like, tuple(x.shape[1:-1])).copy_(x)
-
-
 def channel(
     q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, weights: Tensor, out_proj: Tensor | None,
     topk: Sequence[int], normalize: bool,
@@ -81,7 +49,7 @@ def channel(
     out = torch.einsum("bhj,jbhrl->bhrl", weights, branches) @ wide_v
     if out_proj is not None:
         out = out_proj.to(dtype) @ out.flatten(1, 2)
-    return _write(out, v), similarity, torch.stack(norms, dim=2)
+    return write_rows(out, v), similarity, torch.stack(norms, dim=2)
 
 
 def channel_backward(
@@ -104,7 +72,7 @@ def channel_backward(
         norms[:, :, 0], norms[:, :, 1], normalize,
     )  # fmt: skip
     grad_v = mixture.mT @ grad
-    grads = _write(grad_q, q), _write(grad_k, k), _write(grad_v, v)
+    grads = write_rows(grad_q, q), write_rows(grad_k, k), write_rows(grad_v, v)
     return (*grads, grad_temperature, grad_weights, grad_out_proj)
 
 
