@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from restore_nets.models.association import AssociationNetwork
 from restore_nets.models.ddsa import DDSANet
 from restore_nets.models.drsformer import DRSformer
 from restore_nets.models.elf import ELF
@@ -16,6 +17,7 @@ from restore_nets.models.options import suggestion
 __all__ = ["create_model", "list_models"]
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
+    "association": AssociationNetwork,
     "ddsa": DDSANet,
     "drsformer": DRSformer,
     "elf": ELF,
@@ -32,7 +34,8 @@ def create_model(name: str, **options: Any) -> nn.Module:
 
     Args:
         name: one of ``list_models()``.
-        options: keywords of the network's class, for example ``dim=48``; see ``DRSformer``, ``DDSANet`` and ``ELF``.
+        options: keywords of the network's class, for example ``dim=48``; see ``DRSformer``, ``DDSANet``,
+            ``ELF`` and ``AssociationNetwork``.
 
     Returns:
         The network, in training mode, float32, on the CPU.
