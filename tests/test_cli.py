@@ -90,6 +90,7 @@ def test_models(capsys):
         (["demo", "--steps", "1", "--seconds", "1"], "either --steps or --seconds"),
         (["demo", "--photos", "a", "--data", "b"], "either --photos or --data"),
         (["demo", "--photos", "absent"], "absent"),
+        (["demo", "--model", "ddas"], "got 'ddas', did you mean ddsa?"),
         (["demo", "--device", "tpu"], "device must be cpu, cuda or cuda:N; got 'tpu'"),
         (["train"], "Missing option '--config'"),
         (["train", "--config", "absent.yaml"], "absent.yaml"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader
 from restore_nets.data import Pair, PairedCrops, RainCrops, read_pairs, read_photos, shrink, with_rain
 from restore_nets.images import write_image
 from restore_nets.photos import TRAINING, UNSEEN, shipped_photos
+from restore_nets.rain import random_rain
 
 
 def photo(height: int = 40, width: int = 50, seed: int = 0) -> torch.Tensor:
@@ -83,6 +85,17 @@ def test_rain_for_evaluation_depends_on_the_seed():
     assert not torch.equal(first[0].degraded, other[0].degraded)
     assert not torch.equal(first[0].degraded, first[1].degraded)  # a rain of its own each
     assert torch.equal(first[0].clean, photos["a"])
+
+
+def test_rain_for_evaluation_tells_where_its_streaks_are():
+    (pair,) = with_rain({"black": torch.zeros(3, 40, 50, dtype=torch.uint8)}, 0)
+    assert pair.streaks is not None
+    assert pair.streaks.shape == (40, 50)
+    rng = np.random.default_rng((1, 0, 0))
+    light = random_rain(rng).light
+    # On black, rain is its light times its opacity.
+    for channel in pair.degraded:
+        torch.testing.assert_close(channel / 255, light * pair.streaks, rtol=0, atol=0.5 / 255 + 1e-6)
 
 
 def save(path, image):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -12,9 +13,10 @@ from scipy.ndimage import median_filter as scipy_median_filter
 
 import restore_kernels
 import restore_kernels.nn
-from restore_nets import cli, demo, figures, load_model
+from restore_nets import cli, create_model, demo, figures, list_models, load_model
+from restore_nets.demo_recipes import DEFAULT_MODEL, RECIPES, DemoRecipe
 from restore_nets.images import read_image, write_image
-from restore_nets.kernel_checks import AttentionSize, follow_losses, time_attention
+from restore_nets.kernel_checks import follow_losses
 from restore_nets.restoring import restore
 from restore_nets.training import Trainer
 
@@ -22,16 +24,17 @@ from restore_nets.training import Trainer
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """The whole demonstration in a second or two."""
-    options = {"dim": 4, "num_blocks": [1, 1, 1, 1], "heads": [1, 1, 1, 1], "ffn_expansion": 1.0}
-    monkeypatch.setattr(demo, "MODEL", {"name": "ddsa", **options})
-    for name, value in {
-        "STEPS": 4,
-        "BATCH": 2,
-        "CROP": 16,
-        "REPEATED_STEPS": 3,
-        "SECONDS_PER_SIZE": 0.01,
-    }.items():
-        monkeypatch.setattr(demo, name, value)
+    u_shape = {"dim": 4, "num_blocks": [1, 1, 1, 1], "heads": [1, 1, 1, 1], "ffn_expansion": 1.0}
+    options = {
+        "association": {"n_feat": 4, "heads": 1, "num_blocks": 1, "tokens": 2, "token_layers": 1},
+        "ddsa": u_shape,
+        "drsformer": {**u_shape, "dim": 8, "mefc": False},
+        "elf": {"n_feat": 4},
+    }
+    recipes = {name: DemoRecipe(values, steps=4, batch=2, crop=16) for name, values in options.items()}
+    monkeypatch.setattr(demo, "RECIPES", recipes)
+    monkeypatch.setattr(demo, "REPEATED_STEPS", 3)
+    monkeypatch.setattr(demo, "SECONDS_FOR_TIMES", 0.01)
 
 
 def photo(seed: int, height: int = 48, width: int = 56) -> torch.Tensor:
@@ -94,13 +97,67 @@ def test_writes_everything(photos, tmp_path, capsys):
     assert outside == []
     assert "@import" not in page
     assert "url(http" not in page
-    for text in ("Photos the network never saw", "PSNR", "follow eager", "speed-up", "--steps 4 --seed 0"):
+    repeat = "--model ddsa --steps 4 --seed 0"
+    for text in ("Photos the network never saw", "PSNR", "follow eager", "speed-up", repeat):
         assert text in page
+    assert "mask" not in page.replace("gate by a mask", "")
 
 
-def test_shipped_photos_need_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "STEPS", 1)
-    result = demo.run(demo.Options(tmp_path), Console(quiet=True))
+@pytest.mark.parametrize("name", ["drsformer", "elf"])
+def test_every_network_is_demonstrated(name, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.run(["demo", "--model", name, "--photos", str(photos), "--out", str(out)]) == 0
+    assert type(load_model(out / "model.safetensors")) is type(create_model(name))
+    page = (out / "report.html").read_text()
+    assert f"<code>{name}</code>" in page
+    assert f"--model {name} --steps 4" in page
+
+
+def test_every_network_has_a_recipe_that_fits_it():
+    assert sorted(RECIPES) == list_models()
+    assert DEFAULT_MODEL in RECIPES
+    for name, recipe in RECIPES.items():
+        with torch.device("meta"):
+            create_model(name, **recipe.options)
+
+
+def test_predicted_mask_is_shown_beside_the_true_streaks(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    result = demo.run(demo.Options(out, photos=photos, model="association"), Console(quiet=True))
+    (unseen,) = result.results
+    network = load_model(out / "model.safetensors")
+    with torch.no_grad():
+        mask = network.degradation_mask(unseen.rainy[None])[0, 0]
+    torch.testing.assert_close(unseen.mask.mask, mask)
+    (pair,) = demo.prepare(result.options).unseen
+    assert torch.equal(unseen.mask.streaks, pair.streaks)
+    expected = np.corrcoef(mask.numpy().ravel(), pair.streaks.numpy().ravel())[0, 1]
+    assert result.mask_correlation() == pytest.approx(expected, abs=1e-5)
+
+    assert read_image(out / "5-mask.png").shape[2] == 2 * 56 + 8
+    page = (out / "report.html").read_text()
+    assert References(page).images == 9
+    assert "true streaks" in page
+    assert f"{expected:.3f} in the mean" in page
+
+
+def test_streaks_of_real_pairs_are_not_known(pairs, tmp_path):
+    result = demo.run(demo.Options(tmp_path / "out", pairs=pairs, model="association"), Console(quiet=True))
+    assert result.mask_correlation() is None
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "predicted mask" in page
+    assert "true streaks" not in page
+    with pytest.raises(ValueError, match="streaks must be known"):
+        result.results[0].mask.correlation()
+
+
+def test_unknown_network_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"model must be one of .*; got 'ddas', did you mean ddsa\?"):
+        demo.Options(tmp_path, model="ddas")
+
+
+def test_shipped_photos_need_nothing(tmp_path):
+    result = demo.run(demo.Options(tmp_path, steps=1), Console(quiet=True))
     assert {r.name for r in result.results} == {"chelsea", "coffee", "rocket"}
     assert result.mean("before", "psnr") < 25
 
@@ -170,20 +227,6 @@ def test_busiest_window_finds_the_difference():
     assert figures.busiest_window(torch.zeros(3, 10, 200), 40) == (slice(0, 10), slice(0, 40))
 
 
-def test_timing_compares_the_same_result():
-    times = time_attention(AttentionSize(2, 2, 8, 64, (None, 4)), torch.device("cpu"), seconds=0.01)
-    assert times.same
-    assert times.fused.median > 0
-
-
-def test_timing_notices_another_result(monkeypatch):
-    true = restore_kernels.topk_attention
-    monkeypatch.setattr(
-        "restore_nets.kernel_checks.topk_attention", lambda *args, **options: 1.01 * true(*args, **options)
-    )
-    assert not time_attention(AttentionSize(2, 2, 8, 64, (None, 4)), torch.device("cpu"), 0.01).same
-
-
 class ScaledGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -229,6 +272,6 @@ def test_losses_of_a_wrong_kernel_do_not_follow_eager(attention, passes, photos,
         trainer = make_trainer()
         trainer.train(until=steps)
     calls = []
-    agreement = follow_losses(trainer.losses, make_trainer, "cpu", lambda: calls.append(1))
+    agreement = follow_losses(trainer.losses, make_trainer, lambda: calls.append(1))
     assert len(calls) == 3 * steps
     assert agreement.passed == passes

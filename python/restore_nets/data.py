@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from restore_nets.images import from_bytes, is_image_name, read_image, to_bytes
-from restore_nets.rain import add_rain, random_rain
+from restore_nets.rain import add_rain, cover, rain_opacity, random_rain
 
 Photos = Mapping[str, Tensor]  # name -> (3, H, W), uint8
 
@@ -30,11 +30,16 @@ _GAMMA = (0.6, 2.2)
 
 @dataclass(frozen=True)
 class Pair:
-    """A degraded photo and the clean one: (3, H, W), uint8, of one size."""
+    """A degraded photo and the clean one: (3, H, W), uint8, of one size.
+
+    Where the rain was made here, ``streaks`` is the truth about it: the opacity of the drops before
+    every pixel, (H, W), float32 in [0, 1].
+    """
 
     name: str
     degraded: Tensor
     clean: Tensor
+    streaks: Tensor | None = None
 
 
 class Crops(Dataset[tuple[Tensor, Tensor]], ABC):
@@ -116,11 +121,14 @@ def _mirrored(x: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def with_rain(photos: Photos, seed: int) -> list[Pair]:
-    """Each photo in a rain of its own, rounded to 8 bits as a camera would."""
+    """Each photo in a rain of its own, rounded to 8 bits as a camera would, and where its streaks are."""
     pairs = []
     for index, (name, clean) in enumerate(photos.items()):
         rng = np.random.default_rng((_RAIN_SEED, seed, index))
-        pairs.append(Pair(name, to_bytes(add_rain(from_bytes(clean), random_rain(rng), rng)), clean))
+        rain = random_rain(rng)
+        streaks = rain_opacity(rain, clean.shape[1], clean.shape[2], rng)
+        rainy = cover(from_bytes(clean), streaks, rain.light)
+        pairs.append(Pair(name, to_bytes(rainy), clean, streaks))
     return pairs
 
 

@@ -1,17 +1,16 @@
 """The demonstration: train a small network on rainy photos, restore photos it never saw, report.
 
-Everything happens here, in about two minutes on two CPU cores: no download, no weights from elsewhere.
+Everything happens here, in a few minutes on two CPU cores: no download, no weights from elsewhere.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,30 +18,20 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from restore_nets import figures, report
+from restore_nets.attention_calls import AttentionTimes, attention_calls, time_attention
 from restore_nets.checkpoints import save_checkpoint
 from restore_nets.data import Crops, Pair, PairedCrops, RainCrops, read_pairs, read_photos, shrink, with_rain
+from restore_nets.demo_recipes import DEFAULT_MODEL, RECIPES, DemoRecipe
 from restore_nets.images import from_bytes, to_bytes, write_image
-from restore_nets.kernel_checks import (
-    EAGER_RUNS,
-    Agreement,
-    AttentionTimes,
-    attention_backend,
-    attention_sizes,
-    follow_losses,
-    time_attention,
-)
+from restore_nets.kernel_checks import EAGER_RUNS, Agreement, follow_losses
+from restore_nets.masks import MaskCheck, check_mask
 from restore_nets.metrics import Score, score
 from restore_nets.models import create_model
+from restore_nets.models.options import suggestion
 from restore_nets.photos import TRAINING, UNSEEN, shipped_photos
 from restore_nets.progress import progress
 from restore_nets.restoring import restore
 from restore_nets.training import Trainer, TrainingConfig, available_device
-
-# The largest network and the number of steps that train in about a minute on two cores.
-MODEL: Mapping[str, Any] = {
-    "name": "ddsa", "dim": 16, "num_blocks": (1, 1, 1, 1), "heads": (1, 2, 4, 8), "ffn_expansion": 1.0,
-}  # fmt: skip
-STEPS, BATCH, CROP, LEARNING_RATE = 450, 8, 48, 2e-3
 
 METRIC = "derain"
 UNSEEN_SHARE, MOST_UNSEEN = 0.2, 4  # of the user's own photos
@@ -50,7 +39,7 @@ LONGER_SIDE = 800  # to which the user's own photos are scaled down
 TILE = 0  # whole photos: none is longer than that
 
 REPEATED_STEPS = 20  # with eager attention
-SECONDS_PER_SIZE = 1.5
+SECONDS_FOR_TIMES = 6.0  # of attention, all its calls together
 
 
 @dataclass(frozen=True)
@@ -64,8 +53,12 @@ class Options:
     steps: int | None = None
     seconds: float | None = None
     seed: int = 0
+    model: str = DEFAULT_MODEL
 
     def __post_init__(self) -> None:
+        if self.model not in RECIPES:
+            near = suggestion(self.model, RECIPES)
+            raise ValueError(f"model must be one of {', '.join(RECIPES)}; got {self.model!r}{near}")
         if self.photos is not None and self.pairs is not None:
             raise ValueError("give either --photos or --data, not both")
         if self.steps is not None and self.seconds is not None:
@@ -76,6 +69,10 @@ class Options:
             raise ValueError(f"seconds must be positive; got {self.seconds}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative; got {self.seed}")
+
+    @property
+    def recipe(self) -> DemoRecipe:
+        return RECIPES[self.model]
 
 
 @dataclass(frozen=True)
@@ -99,6 +96,7 @@ class Result:
     before: Score
     filtered: Score  # by a 3x3 median, the classical remedy
     after: Score
+    mask: MaskCheck | None = None  # of networks that predict one
 
 
 @dataclass(frozen=True)
@@ -113,12 +111,21 @@ class Demo:
     results: list[Result]
     times: list[AttentionTimes]
     agreement: Agreement | None  # None where training itself ran on eager PyTorch
-    backend: str
     metric: str = METRIC
+
+    @property
+    def backend(self) -> str:
+        """What runs the network's attention: one name, or several where calls differ."""
+        return " and ".join(dict.fromkeys(time.backend for time in self.times))
 
     def mean(self, which: str, metric: str) -> float:
         """The mean over the photos, e.g. ``mean("after", "psnr")``."""
         return fmean(getattr(getattr(result, which), metric) for result in self.results)
+
+    def mask_correlation(self, what: str = "mask") -> float | None:
+        """The mean over the photos, see ``MaskCheck.correlation``; None without masks or true streaks."""
+        masks = [r.mask for r in self.results if r.mask is not None and r.mask.streaks is not None]
+        return fmean(mask.correlation(what) for mask in masks) if masks else None
 
     @property
     def gain(self) -> float:
@@ -136,7 +143,7 @@ def run(options: Options, console: Console) -> Demo:
     device = available_device(options.device)
     material = prepare(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    steps = options.steps or STEPS
+    steps = options.steps or options.recipe.steps
     if options.seconds is not None:
         steps = steps_within(options.seconds, lambda: make_trainer(material, options, 10))
 
@@ -149,37 +156,35 @@ def run(options: Options, console: Console) -> Demo:
     with progress(console, "training", steps) as advance:
         trainer.train(lambda loss: advance(f"loss {loss:.4f}"))
     training_seconds = time.perf_counter() - started
-    save_checkpoint(trainer.model, options.out / "model.safetensors", MODEL)
+    config = {"name": options.model, **options.recipe.options}
+    save_checkpoint(trainer.model, options.out / "model.safetensors", config)
 
     results = []
     with progress(console, "restoring", len(material.unseen)) as advance:
         for pair in material.unseen:
             results.append(restore_pair(trainer.model, pair))
             advance(pair.name)
-    backend = attention_backend(device)
-    sizes = attention_sizes(trainer.model, trainer.crops[0][0].to(device))
+    calls = attention_calls(trainer.model, trainer.crops[0][0].to(device))
     times = []
-    with progress(console, "timing attention", len(sizes)) as advance:
-        for size in sizes:
-            times.append(time_attention(size, device, SECONDS_PER_SIZE))
-            advance(str(size))
+    with progress(console, "timing attention", len(calls)) as advance:
+        for call in calls:
+            times.append(time_attention(call, device, SECONDS_FOR_TIMES / len(calls)))
+            advance(str(call))
     agreement = None
-    if backend != "eager":
+    if any(time.backend != "eager" for time in times):
         repeated = trainer.losses[:REPEATED_STEPS]
         with progress(console, "following eager", EAGER_RUNS * len(repeated)) as advance:
-            agreement = follow_losses(repeated, trainer_from_start, backend, lambda: advance(""))
+            agreement = follow_losses(repeated, trainer_from_start, lambda: advance(""))
 
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    demo = Demo(
-        options, material, parameters, trainer.losses, training_seconds, results, times, agreement, backend
-    )
+    demo = Demo(options, material, parameters, trainer.losses, training_seconds, results, times, agreement)
     write(demo)
     return demo
 
 
 def prepare(options: Options) -> Material:
     """Read the photos and keep some unseen."""
-    size = (BATCH, CROP, options.seed)
+    size = (options.recipe.batch, options.recipe.crop, options.seed)
     if options.pairs is not None:
         pairs = [
             Pair(p.name, shrink(p.degraded, LONGER_SIDE), shrink(p.clean, LONGER_SIDE))
@@ -208,8 +213,9 @@ def _unseen_count(photos: int, folder: Path) -> int:
 def make_trainer(material: Material, options: Options, steps: int) -> Trainer:
     """The training run at its start; the seed decides all of it."""
     torch.manual_seed(options.seed)
-    config = TrainingConfig(steps, LEARNING_RATE, device=options.device)
-    return Trainer(create_model(**MODEL), material.crops(steps), config)
+    config = TrainingConfig(steps, options.recipe.learning_rate, device=options.device)
+    model = create_model(options.model, **options.recipe.options)
+    return Trainer(model, material.crops(steps), config)
 
 
 def steps_within(seconds: float, make: Callable[[], Trainer]) -> int:
@@ -225,7 +231,8 @@ def restore_pair(model: nn.Module, pair: Pair) -> Result:
     rainy, clean = from_bytes(pair.degraded), from_bytes(pair.clean)
     restored = from_bytes(to_bytes(restore(model, rainy, TILE)))  # as in the file that is written
     scores = [score(picture, clean, METRIC) for picture in (rainy, median_filter(rainy), restored)]
-    return Result(pair.name, rainy, restored, clean, *scores)
+    mask = check_mask(model, rainy, restored, pair.streaks)
+    return Result(pair.name, rainy, restored, clean, *scores, mask=mask)
 
 
 def median_filter(image: Tensor) -> Tensor:
@@ -245,5 +252,7 @@ def write(demo: Demo) -> None:
             "clean": result.clean,
         }
         write_image(out / f"{name}.png", figures.side_by_side(pictures))
+        if result.mask is not None:
+            write_image(out / f"{name}-mask.png", figures.side_by_side(result.mask.pictures()))
     write_image(out / "loss.png", figures.png(figures.loss_curve(demo.losses)))
     report.write(demo, out / "report.html")

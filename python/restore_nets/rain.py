@@ -101,8 +101,12 @@ def add_rain(clean: Tensor, rain: Rain, rng: np.random.Generator) -> Tensor:
     """
     if clean.dim() != 3 or clean.shape[0] != 3:
         raise ValueError(f"clean must have shape (3, H, W); got {tuple(clean.shape)}")
-    opacity = rain_opacity(rain, clean.shape[1], clean.shape[2], rng)
-    return torch.lerp(clean, torch.tensor(rain.light), opacity)
+    return cover(clean, rain_opacity(rain, clean.shape[1], clean.shape[2], rng), rain.light)
+
+
+def cover(clean: Tensor, opacity: Tensor, light: float) -> Tensor:
+    """A photo (3, H, W) behind drops of this opacity (H, W) that send this light to the camera."""
+    return torch.lerp(clean, torch.tensor(light), opacity)
 
 
 def rain_opacity(rain: Rain, height: int, width: int, rng: np.random.Generator) -> Tensor:

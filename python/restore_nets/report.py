@@ -11,8 +11,10 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from restore_nets import figures
+from restore_nets.attention_calls import SAME_RESULT
 from restore_nets.files import write_text
-from restore_nets.kernel_checks import AGREE, NOISE_MULTIPLE, SAME_RESULT, Agreement
+from restore_nets.kernel_checks import AGREE, NOISE_MULTIPLE, Agreement
+from restore_nets.masks import MaskCheck
 from restore_nets.metrics import PRESETS
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ def write(demo: Demo, path: Path) -> None:
     page = environment.get_template("report.html").render(
         demo=demo,
         photos=[_photo(result) for result in demo.results],
+        mask_photos=[_mask(result, result.mask) for result in demo.results if result.mask is not None],
+        mask_correlation=demo.mask_correlation(),
         loss_curve=figures.svg(figures.loss_curve(demo.losses)),
         agreement_curve=_agreement_curve(demo.agreement),
         metric=f"{demo.metric}: {PRESETS[demo.metric]}",
@@ -60,6 +64,15 @@ def _photo(result: Result) -> dict[str, Any]:
         "detail": {
             name: figures.data_uri(picture[:, rows, columns], MAGNIFY) for name, picture in pictures.items()
         },
+    }
+
+
+def _mask(result: Result, check: MaskCheck) -> dict[str, Any]:
+    """A result and the pictures of its mask by caption."""
+    pictures = {"rainy": result.rainy, **check.pictures()}
+    return {
+        "result": result,
+        "mask": {name: figures.data_uri(picture) for name, picture in pictures.items()},
     }
 
 

@@ -1,0 +1,92 @@
+"""The attention calls of the networks: found at their sizes, timed against the same result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import restore_kernels
+import restore_kernels.nn
+from restore_nets import attention_calls, create_model
+from restore_nets.attention_calls import AttentionCall, time_attention
+
+TOPK = AttentionCall("topk_attention", "channel", *3 * ((2, 2, 8, 64),), topk=(None, 4), projected=16)
+MASKED = AttentionCall("masked_attention", "channel", *3 * ((2, 2, 8, 64),), mask=(2, 1, 1, 64), projected=16)
+TOKENS = AttentionCall(
+    "masked_attention", "token", (2, 2, 5, 8), (2, 2, 49, 8), (2, 2, 49, 6), normalize=False
+)  # fmt: skip
+CALLS = [TOPK, MASKED, TOKENS]
+
+
+def calls_of(name: str, side: int = 32, **options: object) -> list[AttentionCall]:
+    return attention_calls.attention_calls(create_model(name, **options), torch.rand(2, 3, side, side))
+
+
+def test_calls_of_the_top_k_networks():
+    u_shape = {"dim": 8, "num_blocks": (1, 1, 1, 1), "heads": (1, 1, 2, 4), "ffn_expansion": 1.0}
+    calls = calls_of("ddsa", **u_shape)
+    assert {call.operator for call in calls} == {"topk_attention"}
+    # Level 1 twice (the decoder is twice as wide), levels 2 and 3 once for both ways, the latent one.
+    assert [str(call) for call in calls] == [
+        "B2 H1 C8 N32x32", "B2 H1 C16 N16x16", "B2 H2 C16 N8x8", "B2 H4 C16 N16", "B2 H1 C16 N32x32",
+    ]  # fmt: skip
+    assert calls[0].selection == "all, 4"
+    assert calls[0].projected == 8
+    assert calls_of("drsformer", mefc=False, **u_shape)[0].topk == (4, 5, 6, 6)
+    windows = calls_of("ddsa", layout="token", **u_shape)[0]
+    assert windows.layout == "token"
+    assert windows.q == (2 * 16, 1, 64, 8)
+
+
+def test_calls_of_the_association_network():
+    calls = calls_of("association", n_feat=8, heads=2, num_blocks=1, tokens=5, token_layers=1)
+    tokens = [call for call in calls if call.layout == "token"]
+    assert {call.operator for call in tokens} == {"masked_attention"}
+    assert {(call.q[2], call.k[2]) for call in tokens} == {(5, 256), (5, 5), (256, 5)}
+    masked = [call for call in calls if call.mask is not None]
+    assert masked
+    assert all(call.selection == "masked" for call in masked)
+    assert any(call.operator == "topk_attention" for call in calls)
+
+
+def test_recording_leaves_nothing_behind():
+    model = create_model("elf", n_feat=4)
+    with pytest.raises(ValueError, match="x must have shape"):
+        attention_calls.attention_calls(model, torch.rand(2, 4, 8, 8))
+    assert restore_kernels.nn.topk_attention is restore_kernels.topk_attention
+    assert restore_kernels.nn.masked_attention is restore_kernels.masked_attention
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_timing_compares_the_same_result(call):
+    times = time_attention(call, torch.device("cpu"), seconds=0.01)
+    assert times.same
+    assert times.fused.median > 0
+    assert times.backend in ("cpu", "eager")
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_timing_notices_another_result(call, monkeypatch):
+    true = attention_calls.OPERATORS[call.operator]
+
+    def wrong(*args, **options):
+        return 1.01 * true(*args, **options)
+
+    wrong.plan = true.plan
+    monkeypatch.setitem(attention_calls.OPERATORS, call.operator, wrong)
+    assert not time_attention(call, torch.device("cpu"), 0.01).same
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_timing_says_what_runs(call):
+    with restore_kernels.use_backend("eager"):
+        assert time_attention(call, torch.device("cpu"), 0.01).backend == "eager"
+
+
+def test_masked_keys_count_as_their_mask_says():
+    q, k, v = (torch.randn(1, 1, 6, 4, dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(1, 1, 6, dtype=torch.float64)
+    temperature = torch.ones(1, 1, 1, dtype=torch.float64)
+    expected = restore_kernels.masked_attention(q, k, v, mask, layout="token", backend="eager")
+    result = attention_calls.published_masked_attention(q, k, v, mask, temperature, True, "token", None)
+    torch.testing.assert_close(result, expected)
