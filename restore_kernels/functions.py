@@ -1,4 +1,8 @@
-"""What the autograd Functions of all operators share: second derivatives and the rule of vmap."""
+"""What the autograd Functions of all operators share.
+
+Small arguments (temperature, weights) come to them as the caller gave them and are broadcast inside,
+where autograd does not watch: a view costs it more than the kernel that reads it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,18 @@ import torch
 from torch import Tensor
 
 
-class BackwardFunction(torch.autograd.Function):
+class OperatorFunction(torch.autograd.Function):
+    """A Function whose ``apply`` takes every argument of ``forward`` by position."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """As ``torch.autograd.Function.apply``, which binds defaults by inspection: 0.1 ms per call."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)
+
+
+class BackwardFunction(OperatorFunction):
     """A backward pass as a Function of its own, so that ``torch.func`` transforms compose over it.
 
     Its last argument is the backend. A second derivative, which only ``backend="eager"`` has, says so
@@ -34,6 +49,17 @@ class BackwardFunction(torch.autograd.Function):
         raise RuntimeError(
             f"{cls.operator} has no second derivative on backend {ctx.backend!r}; backend='eager' has one"
         )
+
+
+def per_head(temperature: Tensor, dtype: torch.dtype, batch: int, heads: int) -> Tensor:
+    """A temperature broadcastable to (B, H, 1, 1) as (B, H) in this dtype, any strides."""
+    return temperature.to(dtype).expand(batch, heads, 1, 1).view(batch, heads)
+
+
+def sum_to(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x from that of x broadcast."""
+    same = grad.numel() == x.numel()
+    return (grad.view(x.shape) if same else grad.sum_to_size(x.shape)).to(x.dtype)
 
 
 def map_over_batch(

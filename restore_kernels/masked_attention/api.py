@@ -64,7 +64,8 @@ def masked_attention(
         temperature = 1.0 if normalize else float(q.shape[-1] ** -0.5)
     if not isinstance(temperature, Tensor):
         temperature = torch.full((1, 1), temperature, dtype=dtype, device=q.device)
-    temperature = temperature.to(dtype).expand(batch, heads, 1, 1).squeeze(-1).squeeze(-1)
+    if torch._C._are_functorch_transforms_active():
+        temperature = temperature.expand(batch, heads, 1, 1)
 
     if layout == "channel":
         if mask is not None:

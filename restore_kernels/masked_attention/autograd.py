@@ -1,6 +1,7 @@
 """The autograd Functions of masked multi-input attention, one per layout and pass.
 
-They keep only what backward cannot cheaply recompute (see ``ops.py``).
+They keep only what backward cannot cheaply recompute (see ``ops.py``). The temperature comes as the
+caller gave it, broadcastable to (B, H, 1, 1); within vmap it has all dimensions.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restore_kernels.functions import BackwardFunction, map_over_batch
+from restore_kernels.functions import BackwardFunction, OperatorFunction, map_over_batch, per_head, sum_to
 from restore_kernels.masked_attention.ops import overload
+from restore_kernels.tensors import accumulate_dtype
 
 
-class ChannelMaskedAttention(torch.autograd.Function):
+class ChannelMaskedAttention(OperatorFunction):
     """(q, k, v, mask, temperature, out_proj, normalize, backend) -> out, similarity, norms."""
 
     @staticmethod
     def forward(q, k, v, mask, temperature, out_proj, normalize, backend):
         op = overload("masked_attention_channel", backend)
-        return op(q, k, v, mask, temperature, out_proj, normalize)
+        return op(q, k, v, mask, _per_head(q, temperature), out_proj, normalize)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -34,13 +36,20 @@ class ChannelMaskedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * 8
+        q, k, v, mask, temperature, out_proj, *saved = ctx.saved_tensors
         *grads, grad_mask, grad_temperature, grad_out_proj = ChannelMaskedAttentionBackward.run(
-            grad_out, *ctx.saved_tensors, ctx.normalize, ctx.backend
+            grad_out, q, k, v, mask, _per_head(q, temperature), out_proj, *saved, ctx.normalize, ctx.backend
         )
-        mask, out_proj = ctx.saved_tensors[3], ctx.saved_tensors[5]
         grad_mask = None if mask is None else grad_mask
         grad_out_proj = None if out_proj is None else grad_out_proj.to(out_proj.dtype)
-        return (*grads, grad_mask, grad_temperature, grad_out_proj, None, None)
+        return (
+            *grads,
+            grad_mask,
+            sum_to(grad_temperature[..., None, None], temperature),
+            grad_out_proj,
+            None,
+            None,
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any):
@@ -65,13 +74,13 @@ class ChannelMaskedAttentionBackward(BackwardFunction):
         return map_over_batch(ChannelMaskedAttentionBackward, info, in_dims, args, fold=fold, unbatched=6)
 
 
-class TokenMaskedAttention(torch.autograd.Function):
+class TokenMaskedAttention(OperatorFunction):
     """(q, k, v, mask, temperature, normalize, backend) -> out, log_sum_exp, wide_out."""
 
     @staticmethod
     def forward(q, k, v, mask, temperature, normalize, backend):
         op = overload("masked_attention_token", backend)
-        return op(q, k, v, mask, temperature, normalize)
+        return op(q, k, v, mask, _per_head(q, temperature), normalize)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -86,11 +95,12 @@ class TokenMaskedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * 7
+        q, k, v, mask, temperature, *saved = ctx.saved_tensors
         *grads, grad_mask, grad_temperature = TokenMaskedAttentionBackward.run(
-            grad_out, *ctx.saved_tensors, ctx.normalize, ctx.backend
+            grad_out, q, k, v, mask, _per_head(q, temperature), *saved, ctx.normalize, ctx.backend
         )
-        grad_mask = None if ctx.saved_tensors[3] is None else grad_mask
-        return (*grads, grad_mask, grad_temperature, None, None)
+        grad_mask = None if mask is None else grad_mask
+        return (*grads, grad_mask, sum_to(grad_temperature[..., None, None], temperature), None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any):
@@ -113,3 +123,8 @@ class TokenMaskedAttentionBackward(BackwardFunction):
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any):
         fold = args[4] is not None
         return map_over_batch(TokenMaskedAttentionBackward, info, in_dims, args, fold=fold)
+
+
+def _per_head(q: Tensor, temperature: Tensor) -> Tensor:
+    """(B, H), as the operators take it."""
+    return per_head(temperature, accumulate_dtype(q.dtype), *q.shape[:2])

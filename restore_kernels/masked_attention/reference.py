@@ -30,14 +30,15 @@ def channel(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, temperature: Tensor, out_proj: Tensor | None,
     normalize: bool,
 ) -> Tensor:  # fmt: skip
-    """q, k, v (B, H, C, N); mask (B, H, 1 or C, N); temperature (B, H); out_proj (C_out, H * C)."""
+    """q, k, v (B, H, C, N); mask (B, H, 1 or C, N); temperature broadcastable to
+    (B, H, 1, 1); out_proj (C_out, H * C)."""
     dtype = accumulate_dtype(q.dtype)
     q_, k_, v_ = q.to(dtype), k.to(dtype), v.to(dtype)
     if mask is not None:
         k_, v_ = k_ * mask, v_ * mask
     if normalize:
         q_, k_ = F.normalize(q_, dim=-1), F.normalize(k_, dim=-1)
-    scores = temperature[..., None, None] * (q_ @ k_.mT)  # (B, H, C, C)
+    scores = temperature.to(dtype) * (q_ @ k_.mT)  # (B, H, C, C)
     out = scores.softmax(dim=-1) @ v_
     if out_proj is not None:
         out = out_proj.to(dtype) @ out.flatten(1, 2)  # (B, C_out, N)
@@ -47,11 +48,12 @@ def channel(
 def token(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, temperature: Tensor, normalize: bool
 ) -> Tensor:
-    """q (B, H, N, D); k (B, H, M, D); v (B, H, M, E); mask (B, H, M); temperature (B, H)."""
+    """q (B, H, N, D); k (B, H, M, D); v (B, H, M, E); mask (B, H, M); temperature
+    broadcastable to (B, H, 1, 1)."""
     dtype = accumulate_dtype(q.dtype)
     q_, k_, v_ = q.to(dtype), k.to(dtype), v.to(dtype)
     if normalize:
         q_, k_ = F.normalize(q_, dim=-1), F.normalize(k_, dim=-1)
-    scores = temperature[..., None, None] * (q_ @ k_.mT)  # (B, H, N, M)
+    scores = temperature.to(dtype) * (q_ @ k_.mT)  # (B, H, N, M)
     probabilities = scores.softmax(dim=-1) if mask is None else weighted_softmax(scores, mask)
     return (probabilities @ v_).to(v.dtype)

@@ -41,7 +41,7 @@ class ChannelTopKAttention(OperatorFunction):
             ctx.topk, ctx.normalize, ctx.backend,
         )  # fmt: skip
         grad_out_proj = None if out_proj is None else grad_out_proj.to(out_proj.dtype)
-        small = sum_to(grad_temperature, temperature), sum_to(grad_weights, weights)
+        small = sum_to(grad_temperature[..., None, None], temperature), sum_to(grad_weights, weights)
         return (*grads, *small, grad_out_proj, None, None, None)
 
     @staticmethod
@@ -92,7 +92,7 @@ class TokenTopKAttention(OperatorFunction):
             grad_out, q, k, v, *_per_head(q, temperature, weights, ctx.topk), *saved,
             ctx.topk, ctx.normalize, ctx.backend,
         )  # fmt: skip
-        small = sum_to(grad_temperature, temperature), sum_to(grad_weights, weights)
+        small = sum_to(grad_temperature[..., None, None], temperature), sum_to(grad_weights, weights)
         return (*grads, *small, None, None, None)
 
     @staticmethod
