@@ -143,7 +143,7 @@ def launches(case: str, dtype: str, architecture: int) -> list[Launch]:
     """What a forward and backward pass of the case launches, in order, each specialisation once."""
     from triton.runtime.jit import JITFunction
 
-    from restore_kernels.triton_common import launching
+    from restore_kernels.triton_common import token_launch
 
     recorded: dict[str, Launch] = {}
 
@@ -154,7 +154,7 @@ def launches(case: str, dtype: str, architecture: int) -> list[Launch]:
 
     with (
         patch.object(JITFunction, "run", record),
-        patch.object(launching, "capability", lambda device: architecture // 10),
+        patch.object(token_launch, "capability", lambda device: architecture // 10),
     ):
         CASES[case](getattr(torch, dtype))
     return list(recorded.values())

@@ -8,8 +8,6 @@ a few numbers per row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -19,16 +17,14 @@ from restore_kernels.topk_attention import triton_token_kernels as token_kernels
 from restore_kernels.topk_attention.triton_token_selection import token_select_kernel
 from restore_kernels.triton_common.channel_launch import channel_backward, channel_forward
 from restore_kernels.triton_common.launching import (
-    SHORT,
     UNBOUNDED,
     block,
     computed_operand,
     launch,
     on_device,
-    precision,
-    score_tile,
     triton_dtype,
 )
+from restore_kernels.triton_common.token_launch import TokenTiles
 
 
 def topk_attention_channel(
@@ -48,31 +44,6 @@ def topk_attention_channel_backward(
     return grad_q, grad_k, grad_v, grad_temperature, grad_weights, grad_out_proj
 
 
-@dataclass(frozen=True)
-class _TokenTiles:
-    """Tile shapes and precisions of every kernel of a call and of its backward.
-
-    The kernels must agree in them: a selection is repeated by comparing recomputed scores.
-    """
-
-    constants: dict[str, Any]
-    row_tiles: int
-    key_tiles: int
-
-    @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, normalize: bool) -> _TokenTiles:
-        (batch, heads, queries, depth), (keys, width) = q.shape, v.shape[2:]
-        block_d, block_e = block(depth, UNBOUNDED), block(width, UNBOUNDED)
-        rows, columns, warps = score_tile(q, max(block_d, block_e))
-        block_n, block_m = block(queries, rows), block(keys, columns)
-        constants = {
-            "NORMALIZE": normalize, "PRECISE": depth < SHORT, "PRECISION": precision(q.dtype, depth),
-            "BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": warps,
-        }  # fmt: skip
-        matrices = batch * heads
-        return cls(constants, matrices * triton.cdiv(queries, block_n), matrices * triton.cdiv(keys, block_m))
-
-
 def topk_attention_token(
     q: Tensor,
     k: Tensor,
@@ -90,7 +61,7 @@ def topk_attention_token(
     last_tie = torch.empty_like(threshold, dtype=torch.int32)
     log_sum_exp = torch.empty_like(threshold)
     selection = (threshold, last_tie, log_sum_exp)
-    tiles = _TokenTiles.of(q, k, v, normalize)
+    tiles = TokenTiles.of(q, k, v, normalize)
     block_e = block(width, UNBOUNDED)
     sizes = (heads, queries, keys, depth, width)
     inputs = (q, k, v, temperature, weights, *selection, out)
@@ -125,7 +96,7 @@ def topk_attention_token_backward(
     grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     row_sums = torch.empty_like(log_sum_exp)
     temperature_terms = log_sum_exp.new_empty((batch, heads, queries))
-    tiles = _TokenTiles.of(q, k, v, normalize)
+    tiles = TokenTiles.of(q, k, v, normalize)
     dtype, mode = computed_operand(q.dtype, depth)
     constants = tiles.constants | {"BRANCHES": branches, "BLOCK_E": block(width, UNBOUNDED)}
     gradient = {"GRADIENT": triton_dtype(dtype), "GRADIENT_PRECISION": mode}

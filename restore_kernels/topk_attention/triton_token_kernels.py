@@ -44,13 +44,14 @@ from restore_kernels.topk_attention.triton_token_selection import (
     sum_of_kept,
     to_key,
 )
-from restore_kernels.triton_common.tiles import NORM_CLAMP, batch_and_head, to_operand
+from restore_kernels.triton_common.tiles import batch_and_head, to_operand
 from restore_kernels.triton_common.token_tiles import (
     load_keys,
     load_queries,
     load_rows,
     score_tile,
     store_rows,
+    through_norm,
     weighted_values,
 )
 
@@ -260,8 +261,9 @@ def token_grad_q_kernel(
     similarity_terms = tl.zeros([BLOCK_N], dtype=tl.float32)  # of dS A before q_scale
     for start in range(0, keys, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
-        k, k_scale, k_norms = load_keys(k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE)
-        scores, products = score_tile(q, row_scale, k, k_scale, offs_m, keys, NORMALIZE, PRECISE, PRECISION)
+        is_key = offs_m < keys
+        k, k_scale, k_norms = load_keys(k_ptr, k_stride, offs_m, is_key, offs_d, depth, NORMALIZE, PRECISE)
+        scores, products = score_tile(q, row_scale, k, k_scale, is_key, NORMALIZE, PRECISE, PRECISION)
         v = load_rows(v_ptr, v_stride, offs_m, keys, offs_e, width)  # [BLOCK_M, BLOCK_E]
         grad_mixture = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)  # dP [BLOCK_N, BLOCK_M]
         grad_scores = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
@@ -276,11 +278,7 @@ def token_grad_q_kernel(
         coefficients = to_operand(grad_scores * k_scale[None, :], GRADIENT, GRADIENT_PRECISION)
         grad_q = tl.dot(coefficients, k.to(GRADIENT), grad_q, input_precision=GRADIENT_PRECISION)
 
-    grad_q *= temperature
-    if NORMALIZE:
-        unit = q.to(tl.float32) * q_scale[:, None]  # q̂
-        radial = tl.where(norms <= NORM_CLAMP, 0.0, tl.sum(grad_q * unit, axis=1))
-        grad_q = (grad_q - radial[:, None] * unit) * (1.0 / norms)[:, None]
+    grad_q = through_norm(grad_q * temperature, q, q_scale, norms, NORMALIZE)
     store_rows(grad_q_ptr, grad_q_stride, grad_q, offs_n, queries, offs_d, depth)
     tl.store(temperature_terms_ptr + matrix * queries + offs_n, similarity_terms * q_scale, mask=mask)
 
@@ -308,7 +306,8 @@ def token_grad_kv_kernel(
     grad_v_ptr += batch * grad_v_stride[0] + head * grad_v_stride[1]
     weights_ptr += batch * weights_stride[0] + head * weights_stride[1]
     temperature = tl.load(temperature_ptr + batch * temperature_stride[0] + head * temperature_stride[1])
-    k, k_scale, norms = load_keys(k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE)
+    is_key = offs_m < keys
+    k, k_scale, norms = load_keys(k_ptr, k_stride, offs_m, is_key, offs_d, depth, NORMALIZE, PRECISE)
     v = load_rows(v_ptr, v_stride, offs_m, keys, offs_e, width)  # [BLOCK_M, BLOCK_E]
 
     grad_k = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -320,7 +319,7 @@ def token_grad_kv_kernel(
         q, row_scale, q_scale, q_norms = load_queries(
             q_ptr, q_stride, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
         )
-        scores, products = score_tile(q, row_scale, k, k_scale, offs_m, keys, NORMALIZE, PRECISE, PRECISION)
+        scores, products = score_tile(q, row_scale, k, k_scale, is_key, NORMALIZE, PRECISE, PRECISION)
         reference = largest_log_sum_exp(log_sum_exp_ptr, rows, mask, BRANCHES)  # [BLOCK_N]
         # Which branches keep a score, as bits: fewer registers than the terms of dS until dP is there.
         members = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.int32)
@@ -347,9 +346,6 @@ def token_grad_kv_kernel(
         coefficients = to_operand(grad_scores * row_scale[:, None], GRADIENT, GRADIENT_PRECISION)
         grad_k = tl.dot(tl.trans(coefficients), q.to(GRADIENT), grad_k, input_precision=GRADIENT_PRECISION)
 
-    if NORMALIZE:
-        unit = k.to(tl.float32) * k_scale[:, None]  # k̂
-        radial = tl.where(norms <= NORM_CLAMP, 0.0, tl.sum(grad_k * unit, axis=1))
-        grad_k = (grad_k - radial[:, None] * unit) * (1.0 / norms)[:, None]
+    grad_k = through_norm(grad_k, k, k_scale, norms, NORMALIZE)
     store_rows(grad_k_ptr, grad_k_stride, grad_k, offs_m, keys, offs_d, depth)
     store_rows(grad_v_ptr, grad_v_stride, grad_v, offs_m, keys, offs_e, width)

@@ -27,8 +27,9 @@ def scores_of_keys(
     q, row_scale, k_ptr, k_stride, offs_m, keys, offs_d, depth,
     NORMALIZE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    k, k_scale, norms = load_keys(k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE)
-    scores, products = score_tile(q, row_scale, k, k_scale, offs_m, keys, NORMALIZE, PRECISE, PRECISION)
+    is_key = offs_m < keys
+    k, k_scale, norms = load_keys(k_ptr, k_stride, offs_m, is_key, offs_d, depth, NORMALIZE, PRECISE)
+    scores, products = score_tile(q, row_scale, k, k_scale, is_key, NORMALIZE, PRECISE, PRECISION)
     return scores
 
 

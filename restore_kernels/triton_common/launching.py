@@ -81,17 +81,3 @@ def computed_operand(dtype: torch.dtype, length: int) -> tuple[torch.dtype, str]
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return getattr(tl, str(dtype).removeprefix("torch."))
-
-
-def score_tile(q: Tensor, length: int) -> tuple[int, int, int]:
-    """Queries, keys and warps of a tile whose gradients, rows of this length, stay in registers.
-
-    The matrix instructions of Hopper and of data-center Blackwell (compute capability 9 to 11) take
-    64 rows, and at least one operand from shared memory, which leaves registers for larger tiles.
-    Operands of float32 are split in two for every product.
-    """
-    if q.dtype == torch.float32:
-        return (16, 32, 4) if length <= 64 else (16, 16, 8)
-    if length <= (64 if 9 <= capability(q.device) <= 11 else 32):
-        return 64, 64, 8
-    return (32, 32, 8) if length <= 128 else (16, 16, 4)

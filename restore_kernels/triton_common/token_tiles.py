@@ -60,25 +60,35 @@ def load_queries(
 
 
 @triton.jit
-def load_keys(k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE: tl.constexpr, PRECISE: tl.constexpr):
-    """A tile of keys: operand [BLOCK_M, BLOCK_D], its scale and norms."""
-    k = load_rows(k_ptr, k_stride, offs_m, keys, offs_d, depth)
+def load_keys(k_ptr, k_stride, offs_m, is_key, offs_d, depth, NORMALIZE: tl.constexpr, PRECISE: tl.constexpr):
+    """A tile of keys, zero where is_key is not: operand [BLOCK_M, BLOCK_D], its scale and norms."""
+    k = load_tile(k_ptr, offs_m.to(tl.int64) * k_stride[2], is_key, offs_d, depth, k_stride[3])
     return normalized(k, NORMALIZE, PRECISE)
 
 
 @triton.jit
 def score_tile(
-    q, row_scale, k, k_scale, offs_m, keys,
+    q, row_scale, k, k_scale, is_key,
     NORMALIZE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores [BLOCK_N, BLOCK_M], -inf for keys that are none, and the scores before row_scale."""
+    """Scores [BLOCK_N, BLOCK_M], -inf where is_key is not, and the scores before row_scale."""
     products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if NORMALIZE and not PRECISE:
         # What overflows belongs to an infinite norm, whose scale is 0. Norms carry NaN of the inputs.
         products = tl.minimum(tl.maximum(products, -LARGEST), LARGEST)
     products = products * k_scale[None, :]
-    scores = tl.where(offs_m[None, :] < keys, products * row_scale[:, None], float("-inf"))
+    scores = tl.where(is_key[None, :], products * row_scale[:, None], float("-inf"))
     return scores, products
+
+
+@triton.jit
+def through_norm(grad, x, scale, norms, NORMALIZE: tl.constexpr):
+    """The gradient of rows from that of the rows over their norms; x and scale are ``normalized``'s."""
+    if NORMALIZE:
+        unit = x.to(tl.float32) * scale[:, None]
+        radial = tl.where(norms <= NORM_CLAMP, 0.0, tl.sum(grad * unit, axis=1))
+        grad = (grad - radial[:, None] * unit) * (1.0 / norms)[:, None]
+    return grad
 
 
 @triton.jit
