@@ -1,0 +1,51 @@
+"""Tile shapes and precisions of the token kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from restore_kernels.triton_common.launching import SHORT, UNBOUNDED, block, capability, precision
+
+
+def _score_tile(q: Tensor, length: int) -> tuple[int, int, int]:
+    """Queries, keys and warps of a tile whose gradients, rows of this length, stay in registers.
+
+    The matrix instructions of Hopper and of data-center Blackwell (compute capability 9 to 11) take
+    64 rows, and at least one operand from shared memory, which leaves registers for larger tiles.
+    Operands of float32 are split in two for every product.
+    """
+    if q.dtype == torch.float32:
+        return (16, 32, 4) if length <= 64 else (16, 16, 8)
+    if length <= (64 if 9 <= capability(q.device) <= 11 else 32):
+        return 64, 64, 8
+    return (32, 32, 8) if length <= 128 else (16, 16, 4)
+
+
+@dataclass(frozen=True)
+class TokenTiles:
+    """Tile shapes and precisions of every kernel of a call and of its backward.
+
+    Kernels that repeat a selection by comparing recomputed scores must agree in them.
+    """
+
+    constants: dict[str, Any]
+    row_tiles: int
+    key_tiles: int
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, normalize: bool) -> TokenTiles:
+        (batch, heads, queries, depth), (keys, width) = q.shape, v.shape[2:]
+        block_d, block_e = block(depth, UNBOUNDED), block(width, UNBOUNDED)
+        rows, columns, warps = _score_tile(q, max(block_d, block_e))
+        block_n, block_m = block(queries, rows), block(keys, columns)
+        constants = {
+            "NORMALIZE": normalize, "PRECISE": depth < SHORT, "PRECISION": precision(q.dtype, depth),
+            "BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": warps,
+        }  # fmt: skip
+        matrices = batch * heads
+        return cls(constants, matrices * triton.cdiv(queries, block_n), matrices * triton.cdiv(keys, block_m))
