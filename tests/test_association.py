@@ -123,9 +123,9 @@ def test_tokens_carry_what_is_far_away(association):
 
 def test_mask_starts_undecided_and_rises_with_the_residual():
     mask = DegradationMask(8)
-    strengths = torch.tensor([0.0, 0.1, 0.2, -0.2, 0.4])
+    strengths = torch.tensor([0.0, 0.06, 0.12, -0.12, 0.3])
     out = mask(strengths.expand(1, 3, 1, 5), image(1, 8, 1, 5)).flatten()
-    expected = torch.sigmoid(torch.tensor([-2.0, 0.0, 2.0, 2.0, 6.0]))
+    expected = torch.sigmoid(torch.tensor([-2.4, 0.0, 2.4, 2.4, 9.6]))
     torch.testing.assert_close(out, expected)
 
 

@@ -15,8 +15,8 @@ from restore_nets.models.options import check_association_options, check_integer
 from restore_nets.models.subtasks import BackgroundNetwork, DerainingNetwork, Stem, TwoTaskNetwork
 from restore_nets.models.tokens import TokenBranch
 
-# At the start: a residual of 0.1 is where the mask is 1/2, none at all makes 0.12 and one of 0.2 0.88.
-INITIAL_THRESHOLD, INITIAL_GAIN = 0.1, 20.0
+# At the start no residual makes a mask of 0.08, one of 0.06 makes 1/2 and one of 0.12 makes 0.92.
+INITIAL_GAIN, INITIAL_BIAS = 40.0, -2.4
 
 
 class AssociationNetwork(TwoTaskNetwork):
@@ -91,10 +91,10 @@ class AssociationNetwork(TwoTaskNetwork):
 
 
 class DegradationMask(nn.Module):
-    """How degraded every pixel is: sigmoid(gain * (|R| - threshold) + correction).
+    """How degraded every pixel is: sigmoid(gain * |R| + correction).
 
-    |R| is the mean of the absolute residual over the colours, gain > 0 and threshold are learned
-    numbers, the correction is a 3x3 convolution of the prior features that starts at 0. No loss says
+    |R| is the mean of the absolute residual over the colours, gain a learned positive number. The
+    correction is a 3x3 convolution of the prior features, which starts as a constant. No loss says
     what the mask must be, only what comes of it; so it is made of what is known of degradation from
     the start, the predicted rain, and cannot be turned round by chance.
 
@@ -107,14 +107,14 @@ class DegradationMask(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.log_gain = nn.Parameter(torch.tensor([math.log(INITIAL_GAIN)]))
-        self.threshold = nn.Parameter(torch.tensor([INITIAL_THRESHOLD]))
-        self.correction = nn.Conv2d(dim, 1, 3, padding=1, bias=False)  # the threshold is its bias
-        nn.init.zeros_(self.correction.weight)
+        self.correction = nn.Conv2d(dim, 1, 3, padding=1)
+        with torch.no_grad():
+            self.correction.weight.zero_()
+            self.correction.bias.fill_(INITIAL_BIAS)  # type: ignore[union-attr]
 
     def forward(self, residual: Tensor, prior: Tensor) -> Tensor:
         magnitude = residual.abs().mean(dim=1, keepdim=True)
-        evidence = self.log_gain.exp() * (magnitude - self.threshold)
-        return torch.sigmoid(evidence + self.correction(prior))
+        return torch.sigmoid(self.log_gain.exp() * magnitude + self.correction(prior))
 
 
 class MaskedStem(Stem):
