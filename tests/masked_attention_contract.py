@@ -36,6 +36,11 @@ def key_weight_gradient(grad_scores: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask > 0, total / mask, 0)
 
 
+def row_probabilities(scores: Tensor, log_sum_exp: Tensor) -> Tensor:
+    """exp(scores - log_sum_exp); 0 where all of a row's keys are left out."""
+    return torch.where(scores.isneginf(), 0, (scores - log_sum_exp[..., None]).exp())
+
+
 def softmax_backward(probabilities: Tensor, grad: Tensor, row_sums: Tensor) -> Tensor:
     """Gradient to the scores; row_sums (..., R) of probabilities times grad."""
     return probabilities * (grad - row_sums[..., None])
@@ -91,7 +96,7 @@ def token(
     similarity, _, _ = normalized_product(q.to(dtype), k.to(dtype), normalize)
     scores = logits(temperature[..., None, None] * similarity, mask)
     log_sum_exp = scores.logsumexp(-1)
-    out = _probabilities(scores, log_sum_exp) @ v.to(dtype)
+    out = row_probabilities(scores, log_sum_exp) @ v.to(dtype)
     return out.to(v.dtype), log_sum_exp, out.new_empty(0) if dtype == q.dtype else out
 
 
@@ -103,7 +108,7 @@ def token_backward(
     wide_q, wide_k, wide_v, grad = q.to(dtype), k.to(dtype), v.to(dtype), grad_out.to(dtype)
     similarity, norms_q, norms_k = normalized_product(wide_q, wide_k, normalize)
     scores = logits(temperature[..., None, None] * similarity, mask)
-    probabilities = _probabilities(scores, log_sum_exp)
+    probabilities = row_probabilities(scores, log_sum_exp)
     grad_scores = softmax_backward(probabilities, grad @ wide_v.mT, (grad * out).sum(-1))
     grad_temperature = (grad_scores * similarity).sum((-1, -2))
     grad_q, grad_k = similarity_backward(
@@ -112,8 +117,3 @@ def token_backward(
     grad_v = probabilities.mT @ grad
     grad_mask = similarity.new_empty(0) if mask is None else key_weight_gradient(grad_scores, mask)
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_mask, grad_temperature
-
-
-def _probabilities(scores: Tensor, log_sum_exp: Tensor) -> Tensor:
-    """exp(scores - log_sum_exp); 0 where all of a row's keys are left out."""
-    return torch.where(scores.isneginf(), 0, (scores - log_sum_exp[..., None]).exp())

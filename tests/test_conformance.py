@@ -1,20 +1,24 @@
-"""The conformance suite sees faults: each one here is planted in a backend that is otherwise right."""
+"""The conformance suite sees faults: each one here is planted in top-k attention's otherwise right model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
-import conformance
+import faults
 import pytest
 import topk_attention_contract as contract
 import torch
 from conformance import assert_conforms
+from faults import (
+    Plant,
+    as_if_contiguous,
+    changed_input,
+    changed_output,
+    rounded_to_tf32,
+    with_last,
+    with_one_more,
+)  # fmt: skip
 from test_topk_attention import exact_scores
 from topk_attention_problems import Case, build
 from torch import Tensor
-
-from restore_kernels import native
-from restore_kernels.topk_attention import autograd
 
 CHANNEL = Case("channel", (2, 2, 12, 30), (3, 7, None), temperature=(2, 1, 1), weights=(3,))
 TOKEN = Case("token", (2, 2, 20, 12, 8, 9), (3, 7, None), temperature=(2, 1, 1), weights=(3,))
@@ -22,52 +26,12 @@ TIES = Case("channel", (1, 2, 23, 64), (5, 11), temperature=(2, 1, 1))
 
 
 @pytest.fixture
-def model(monkeypatch) -> Iterator[Callable[..., None]]:
-    """Runs the operators' contract in the place of the compiled backend; called, changes a part of it."""
-    monkeypatch.setattr(conformance, "DEVICE", "cpu")
-    monkeypatch.setattr(native, "why_no_cpu_library", lambda: None)
-    monkeypatch.setattr(
-        autograd, "overload", lambda name, _: getattr(contract, name.removeprefix("topk_attention_"))
-    )
-
-    def change(name: str, wrap: Callable[[Callable], Callable]) -> None:
-        monkeypatch.setattr(contract, name, wrap(getattr(contract, name)))
-
-    yield change
+def model(monkeypatch) -> Plant:
+    return faults.model(monkeypatch, contract)
 
 
 def assert_caught(case: Case, match: str) -> None:
-    with pytest.raises(AssertionError, match=match):
-        assert_conforms(exact_scores(case) if case is TIES else build(case), "cpu")
-
-
-def changed_output(index: int, change: Callable[[Tensor], Tensor]) -> Callable[[Callable], Callable]:
-    """Wraps an operator to change one of its results."""
-
-    def wrap(operator: Callable) -> Callable:
-        def faulty(*args):
-            outputs = list(operator(*args))
-            outputs[index] = change(outputs[index])
-            return tuple(outputs)
-
-        return faulty
-
-    return wrap
-
-
-def changed_input(index: int, change: Callable[[Tensor], Tensor]) -> Callable[[Callable], Callable]:
-    """Wraps a function to change one of its arguments."""
-    return lambda function: lambda *args: function(*args[:index], change(args[index]), *args[index + 1 :])
-
-
-def with_last(x: Tensor, value: float) -> Tensor:
-    x = x.clone()
-    x[..., -1, -1] = value
-    return x
-
-
-def rounded_to_tf32(x: Tensor) -> Tensor:
-    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    faults.assert_caught(exact_scores(case) if case is TIES else build(case), match)
 
 
 @pytest.mark.parametrize("case", [CHANNEL, TOKEN, TIES], ids=["channel", "token", "ties"])
@@ -136,9 +100,6 @@ def test_projection_missing_from_the_norm_gradient(model):
 
 
 def test_strides_ignored(model):
-    def as_if_contiguous(x: Tensor) -> Tensor:
-        return x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())
-
     model("channel", changed_input(0, as_if_contiguous))
     assert_conforms(build(CHANNEL), "cpu")
     places = ("pixel_major", "contiguous", "contiguous")
@@ -146,13 +107,7 @@ def test_strides_ignored(model):
 
 
 def test_memory_beyond_an_input_read(model):
-    """What lies around an input is NaN; a sum that includes it, even times zero, is too."""
-
-    def one_more(x: Tensor) -> Tensor:
-        beyond = x.as_strided((1,), (1,), x.storage_offset() + x.numel())
-        return x + 0 * beyond
-
-    model("token", changed_input(2, one_more))
+    model("token", changed_input(2, with_one_more))
     assert_caught(TOKEN, "out has NaN")
 
 
