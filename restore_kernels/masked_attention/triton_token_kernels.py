@@ -143,13 +143,14 @@ def masked_output_kernel(
         tl.store(statistics_ptr, largest, mask=in_rows)
         tl.store(statistics_ptr + queries, total, mask=in_rows)
     else:
-        out = tl.where(total[:, None] == 0, 0.0, out / total[:, None])
+        divisor = tl.where(total == 0, 1.0, total)  # a row without keys has out = 0
+        out = out / divisor[:, None]
         out_ptr = at_head(out_ptr, out_stride, batch, head)
         store_rows(out_ptr, out_stride, out, offs_n, queries, offs_e, width)
         if ROUNDED:
             wide_out_ptr += matrix * queries * width
             store_rows(wide_out_ptr, (0, 0, width, 1), out, offs_n, queries, offs_e, width)
-        log_sum_exp = tl.where(total == 0, float("-inf"), largest + tl.log(total))
+        log_sum_exp = tl.where(total == 0, float("-inf"), largest + tl.log(divisor))
         tl.store(log_sum_exp_ptr + matrix * queries + offs_n, log_sum_exp, mask=in_rows)
 
 
@@ -185,11 +186,12 @@ def masked_combine_kernel(
         sums += factors[:, None] * load_tile(partial_ptr, rows, in_splits, offs_e, width, 1)
 
     total = tl.sum(totals, axis=0)
-    out = tl.where(total == 0, 0.0, tl.sum(sums, axis=0) / total)
+    divisor = tl.where(total == 0, 1.0, total)  # a row without keys has sums of 0
+    out = tl.sum(sums, axis=0) / divisor
     row_ptr = at_head(out_ptr, out_stride, batch, head) + row.to(tl.int64) * out_stride[2]
     pointers = row_ptr + offs_e.to(tl.int64) * out_stride[3]
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=in_width)
     if ROUNDED:
         tl.store(wide_out_ptr + (matrix * queries + row) * width + offs_e, out, mask=in_width)
-    log_sum_exp = tl.where(total == 0, float("-inf"), largest + tl.log(total))
+    log_sum_exp = tl.where(total == 0, float("-inf"), largest + tl.log(divisor))
     tl.store(log_sum_exp_ptr + matrix * queries + row, log_sum_exp)

@@ -47,10 +47,13 @@ def _gate(gate: Tensor | None, groups: int) -> tuple[Tensor | None, Strides | No
     return gate, (batch, head, 0, pixel), "pixel" if is_shared else "element"
 
 
-def _streamed(x: Tensor, gate: Tensor | None) -> tuple[torch.dtype, str]:
-    """dtype and precision of products whose operand x is gated when it is loaded."""
-    pixels = x.shape[-1]
-    return (x.dtype, precision(x.dtype, pixels)) if gate is None else computed_operand(x.dtype, pixels)
+def _working_dtype(x: Tensor, gate: Tensor | None) -> torch.dtype:
+    """dtype of the operands of products with x, or gated x, which is not rounded.
+
+    The gradients of the gate and the temperature are float32 whatever x is, and differences of
+    larger terms; an operand rounded to x's dtype would show in them.
+    """
+    return x.dtype if gate is None else torch.float32
 
 
 def _pixel_product(
@@ -60,7 +63,7 @@ def _pixel_product(
     batch, pixels = a.shape[0], a.shape[-1]
     a_rows = a.shape[1:-1].numel() // groups
     b_rows = b.shape[1:-1].numel() // groups
-    dtype, mode = _streamed(b, gate)
+    dtype = _working_dtype(b, gate)
     wide = dtype == torch.float32
     block_r, block_n = block(max(a_rows, b_rows), 64 if wide else 128), 32 if wide else 64
     matrices = batch * groups * triton.cdiv(a_rows, block_r) * triton.cdiv(b_rows, block_r)
@@ -74,7 +77,7 @@ def _pixel_product(
         pixel_kernels.pixel_product_kernel, matrices * splits, a, b, gate_ptr, product, squares,
         _rows(a), _rows(b), gate_stride,
         groups, a.shape[-2], b.shape[-2], a_rows, b_rows, pixels, splits, tiles_per_split,
-        NORMS=norms, GATE=gate_mode, OPERAND=triton_dtype(dtype), PRECISION=mode,
+        NORMS=norms, GATE=gate_mode, OPERAND=triton_dtype(dtype), PRECISION=precision(dtype, pixels),
         BLOCK_R=block_r, BLOCK_N=block_n, num_warps=8,
     )  # fmt: skip
     return product, squares
@@ -151,8 +154,9 @@ def channel_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Output, similarity and norms as ``topk_attention.ops`` defines them, of k and v times the gate."""
     batch, heads, channels, pixels = q.shape
-    dtype, mode = _streamed(v, gate)
-    dtype = operand(dtype, pixels)
+    dtype, mode = operand(v.dtype, pixels), precision(v.dtype, pixels)
+    if gate is not None:
+        dtype, mode = computed_operand(v.dtype, pixels)
     rows = (heads, channels) if out_proj is None else (out_proj.shape[0],)
     small: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     out = empty_like_rows(v, rows)
@@ -187,8 +191,9 @@ def channel_backward(
     grad_weights = similarity.new_empty(weights.shape)
     grad_out_proj = similarity.new_empty((0,) if out_proj is None else out_proj.shape)
     gate_terms = _gate_terms(similarity, gate, q)
-    narrow = operand(v.dtype, pixels)
-    dtype, mode = computed_operand(q.dtype, pixels)
+    working = _working_dtype(q, gate)
+    narrow = operand(working, pixels)
+    dtype, mode = computed_operand(working, pixels)
     mixture = torch.empty_like(similarity, dtype=narrow if out_proj is None else torch.float32)
     coefficients = torch.empty_like(similarity, dtype=dtype)
     radial = torch.empty_like(norms)
@@ -222,7 +227,7 @@ def channel_backward(
             if gate is not None:  # whose gradient is a sum over the rows of one head
                 matrix = matrix[:, 0].unflatten(1, rows)
         gated = {} if gate is None else {"gate_out": gate, "v": v, "gate_terms": gate_terms}
-        _apply(matrix, grad_out, grad_v, precision(v.dtype, pixels), **gated)
+        _apply(matrix, grad_out, grad_v, precision(working, pixels), **gated)
         _grad_qk(q, k, gate, coefficients, radial, grad_q, grad_k, gate_terms, normalize, mode)
     if gate is not None and gate.shape[2] < gate_terms.shape[2]:
         gate_terms = gate_terms.sum(2, keepdim=True)
@@ -244,8 +249,7 @@ def _gate_terms(similarity: Tensor, gate: Tensor | None, q: Tensor) -> Tensor:
         return similarity.new_empty(0)
     if gate.shape[2] > 1:
         return similarity.new_empty(q.shape)
-    dtype, _ = computed_operand(q.dtype, pixels)
-    blocks = _apply_block(channels), _grad_qk_block(dtype, channels)
+    blocks = _apply_block(channels), _grad_qk_block(torch.float32, channels)
     return similarity.new_empty((batch, heads, sum(triton.cdiv(channels, x) for x in blocks), pixels))
 
 

@@ -27,7 +27,8 @@ much. float32 multiplies in three tf32 products (float32's own error, from tenso
 A gate g (B, H, 1 or C, N) of float32 makes k' = g k and v' = g v where k and v are loaded. Backward:
 dk = g dk', dv = g dv' and dg = dk' k + dv' v, of which channel_apply_kernel (which reads v for it, one
 T more) has one part and channel_grad_qk_kernel the other. A gate of one row per head costs 4 bytes
-per pixel and pass, a full one up to 2 T with bfloat16.
+per pixel and pass, a full one up to 2 T with bfloat16. dg and dtemperature are float32 in any dtype,
+so gated products of bfloat16 and float16 are computed as those of float32, but for the output's.
 
 Normalisation never touches the pixels: A = D_q (q kᵀ) D_k with D = diag(1 / norm), and with dA the
 gradient of A: dq = X k - y_q q, dk = Xᵀ q - y_k k, X = D_q dA D_k, y_q = rowsum(dA A) / norm_q^2,
