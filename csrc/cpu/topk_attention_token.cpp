@@ -30,35 +30,6 @@ namespace restore_kernels {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-using at::Tensor;
-
-constexpr double kNormFloor = 1e-12;
-
-template <typename S>
-Matrix<S> head(const Tensor& x, int64_t b, int64_t h) {
-  S* data = const_cast<S*>(x.const_data_ptr<std::remove_const_t<S>>());
-  return {data + b * x.stride(0) + h * x.stride(1), x.stride(2), x.stride(3)};
-}
-
-// Divides rows by their norm (clamped), which it keeps, when `normalize`; otherwise the norms are 1.
-template <typename T>
-void normalize_rows(Matrix<T> rows, T* norms, int64_t count, int64_t length, bool normalize) {
-  for (int64_t i = 0; i < count; ++i) {
-    T* row = rows.data + i * rows.row;
-    norms[i] = normalize ? std::max<T>(std::sqrt(dot<T>(row, row, length)), T(kNormFloor)) : T(1);
-    if (normalize) at::vec::map([n = norms[i]](Vec<T> x) { return x / Vec<T>(n); }, row, row, length);
-  }
-}
-
-// grad of the unnormalised row, in place: (g - (g·x̂) x̂) / |x|; a clamped norm is a constant.
-template <typename T>
-void backward_norm(T* grad, const T* unit, T norm, int64_t length, bool normalize) {
-  if (!normalize) return;
-  const T along = norm > T(kNormFloor) ? dot<T>(grad, unit, length) : T(0);
-  at::vec::map2([along, norm](Vec<T> g, Vec<T> u) { return (g - Vec<T>(along) * u) / Vec<T>(norm); }, grad, grad, unit,
-                length);
-}
-
 // One head's keys, as the matrix the scores are made with.
 template <typename S, typename T>
 struct PackedKeys {

@@ -11,24 +11,11 @@
 #include <vector>
 
 #include "tile_gemm.h"
+#include "token_rows.h"
 #include "topk_select.h"
 
 namespace restore_kernels {
 inline namespace CPU_CAPABILITY {
-
-template <typename T>
-using Vec = at::vec::Vectorized<T>;
-
-template <typename T>
-T dot(const T* x, const T* y, int64_t length) {
-  return at::vec::map2_reduce_all<T>([](Vec<T> a, Vec<T> b) { return a * b; },
-                                     [](Vec<T> a, Vec<T> b) { return a + b; }, x, y, length);
-}
-
-template <typename T>
-void add_scaled(T scale, const T* x, T* y, int64_t length) {
-  at::vec::map2([scale](Vec<T> a, Vec<T> b) { return at::vec::fmadd(Vec<T>(scale), a, b); }, y, x, y, length);
-}
 
 // Sizes and options of a call, how it is divided, and whether the mixture is dense.
 template <typename T>

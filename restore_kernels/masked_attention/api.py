@@ -96,7 +96,6 @@ def _check(q, k, v, mask, temperature, layout, out_proj) -> None:
 
 
 _CANDIDATES = candidates("masked_attention")
-_CANDIDATES |= dict.fromkeys(("cpu",), lambda *_: "in the making")
 
 
 def _plan(q, k, v, mask=None, *, temperature=None, normalize=True, layout="channel", out_proj=None,
