@@ -242,6 +242,29 @@ def table(
             yield from rows
 
 
+def compile_apart(cases: Sequence[str], dtypes: Sequence[str]) -> list[Row]:
+    """The table in a process of its own: interpreted and compiled kernels do not mix in one."""
+    command = [sys.executable, __file__, "--json", "--cases", *cases, "--dtypes", *dtypes]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
+    assert run.returncode == 0, run.stderr
+    return [Row(**json.loads(line)) for line in run.stdout.splitlines()]
+
+
+def assert_fits(rows: Sequence[Row]) -> None:
+    """Nothing spills to local memory, and registers and shared memory are within the limits."""
+    limits = SHARED_MEMORY_LIMIT
+    assert [row for row in rows if row.spilled_bytes] == []
+    assert [row for row in rows if row.registers > 255] == []
+    assert [row for row in rows if row.shared_bytes > limits[row.architecture]] == []
+
+
+def on_matrix_units(rows: Sequence[Row], architecture: int, dtype: str) -> set[str]:
+    """The cases in which a kernel has matrix instructions."""
+    chosen = [row for row in rows if (row.architecture, row.dtype) == (architecture, dtype)]
+    return {row.case for row in chosen if set(row.instructions) - {"FFMA"}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
