@@ -23,6 +23,12 @@ def image(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> tor
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+@pytest.fixture(autouse=True)
+def eager():
+    with restore_kernels.use_backend("eager"):
+        yield
+
+
 @pytest.fixture(params=NETWORKS)
 def network(request) -> nn.Module:
     torch.manual_seed(0)
@@ -37,10 +43,12 @@ def association() -> AssociationNetwork:
     return model
 
 
-def test_elf_has_the_published_size():
+@pytest.mark.parametrize(("name", "parameters"), [("elf", 1_223_972), ("association", 1_415_638)])
+def test_the_networks_have_the_size_that_is_said(name, parameters):
+    """ELF's is the published one."""
     with torch.device("meta"):
-        model = create_model("elf")
-    assert sum(p.numel() for p in model.parameters()) == 1_223_972
+        model = create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 6), (5, 7)], ids=str)
