@@ -25,7 +25,7 @@ _SMALL_U: Mapping[str, Any] = {
 
 DEFAULT_MODEL = "ddsa"
 RECIPES: Mapping[str, DemoRecipe] = MappingProxyType({
-    "association": DemoRecipe({"n_feat": 16, "num_blocks": 1, "token_layers": 1}, steps=1000),
+    "association": DemoRecipe({"n_feat": 24, "num_blocks": 1, "token_layers": 1}, steps=1200),
     "ddsa": DemoRecipe(_SMALL_U, steps=450),
     "drsformer": DemoRecipe({**_SMALL_U, "mefc": False}, steps=450),
     "elf": DemoRecipe({"n_feat": 16}, steps=600),

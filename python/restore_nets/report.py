@@ -14,6 +14,7 @@ from restore_nets import figures
 from restore_nets.attention_calls import SAME_RESULT
 from restore_nets.files import write_text
 from restore_nets.kernel_checks import AGREE, NOISE_MULTIPLE, Agreement
+from restore_nets.losses import HALF_WEIGHT
 from restore_nets.masks import MaskCheck
 from restore_nets.metrics import PRESETS
 
@@ -41,6 +42,7 @@ def write(demo: Demo, path: Path) -> None:
         noise_multiple=NOISE_MULTIPLE,
         agree=AGREE,
         same_result=SAME_RESULT,
+        half_weight=HALF_WEIGHT,
         machine=machine(),
     )
     write_text(path, page)
