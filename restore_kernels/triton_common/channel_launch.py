@@ -65,14 +65,16 @@ def _pixel_product(
     b_rows = b.shape[1:-1].numel() // groups
     dtype = _working_dtype(b, gate)
     wide = dtype == torch.float32
+    gate_ptr, gate_stride, gate_mode = _gate(gate, groups)
     block_r, block_n = block(max(a_rows, b_rows), 64 if wide else 128), 32 if wide else 64
+    if gate_mode == "element":
+        block_n = 16  # a third tile is held in registers
     matrices = batch * groups * triton.cdiv(a_rows, block_r) * triton.cdiv(b_rows, block_r)
     tiles_per_split, splits = split(triton.cdiv(pixels, block_n), matrices, a.device)
     product = torch.empty((batch, groups, splits, a_rows, b_rows), dtype=torch.float32, device=a.device)
     squares = torch.empty(
         (batch, groups, splits, 2, a_rows) if norms else (1,), dtype=torch.float32, device=a.device
     )
-    gate_ptr, gate_stride, gate_mode = _gate(gate, groups)
     launch(
         pixel_kernels.pixel_product_kernel, matrices * splits, a, b, gate_ptr, product, squares,
         _rows(a), _rows(b), gate_stride,
