@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import restore_kernels
-from restore_kernels import backends, explain, native, topk_attention, use_backend
+from restore_kernels import backends, explain, masked_attention, native, topk_attention, use_backend
 from restore_kernels.topk_attention import api, autograd
 
 
@@ -147,6 +147,23 @@ def test_explain_names_the_dtype_and_the_device(qkv):
     assert "float64" in (explain(topk_attention, *double, [2]).why_not["triton"] or "")
     meta = [x.to("meta") for x in qkv]
     assert "meta" in (explain(topk_attention, *meta, [2]).why_not["cpu"] or "")
+
+
+def test_explain_of_masked_attention(without_libraries, qkv):
+    mask = torch.ones(9, dtype=torch.bool)
+    explanation = explain(masked_attention, *qkv, mask, backend="cpu")
+    assert (explanation.operator, explanation.requested, explanation.chosen) == (
+        "masked_attention",
+        "cpu",
+        None,
+    )
+    assert explanation.why_not["eager"] is None
+    assert explanation.why_not["cpu"] == "it was not built"
+    assert explain(masked_attention, *qkv).chosen == "eager"
+    with pytest.raises(
+        RuntimeError, match="masked_attention: backend 'cpu' cannot run this call: it was not"
+    ):
+        masked_attention(*qkv, mask, backend="cpu")
 
 
 def test_explain_checks_the_call_and_the_operator(qkv):

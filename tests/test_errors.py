@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from restore_kernels import topk_attention
-from restore_kernels.nn import DynamicDualAttention, TopKSparseAttention
+from restore_kernels import explain, masked_attention, topk_attention
+from restore_kernels.nn import DynamicDualAttention, MultiInputAttention, TopKSparseAttention
 
 
 def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -66,15 +66,68 @@ TYPE_ERRORS = [
     (CHANNEL, {"out_proj": ones(7, 12, dtype=torch.float64)}, "out_proj must have q's dtype float32; got"),
     (TOKEN, {"k": ones(2, 3, 5, 4, dtype=torch.bool)}, "k must be float32, .*; got bool"),
 ]
-CALLS = [(ValueError, *row) for row in VALUE_ERRORS] + [(TypeError, *row) for row in TYPE_ERRORS]
+# What they say of q, k, v, temperature and out_proj is the same; masked attention has other arguments too.
+SHARED_ERRORS = [
+    (error, good, bad, message)
+    for error, rows in ((ValueError, VALUE_ERRORS), (TypeError, TYPE_ERRORS))
+    for good, bad, message in rows
+    if not bad.keys() & {"topk", "weights"}
+]
+MASKED_CHANNEL: dict[str, Any] = {x: CHANNEL[x] for x in "qkv"} | {"mask": ones(4, 5)}
+MASKED_TOKEN: dict[str, Any] = {x: TOKEN[x] for x in "qkv"} | {"mask": ones(5), "layout": "token"}
+MASK_DTYPES = "float32, bfloat16, float16, float64 or bool"
+MASK_ERRORS = [
+    (ValueError, MASKED_CHANNEL, ones(3, 1), r"mask must broadcast to \(2, 3, 4, 5\); got \(3, 1\)"),
+    (ValueError, MASKED_CHANNEL, ones(6), r"mask must broadcast to \(2, 3, 4, 5\); got \(6,\)"),
+    (
+        ValueError,
+        MASKED_CHANNEL,
+        ones(1, 2, 3, 4, 5),
+        r"mask must broadcast to \(2, 3, 4, 5\); got \(1, 2, 3,",
+    ),
+    (ValueError, MASKED_CHANNEL, ones(0), r"mask must broadcast to \(2, 3, 4, 5\); got \(0,\)"),
+    (ValueError, MASKED_CHANNEL, ones(5).to("meta"), "mask must be on q's device cpu; got meta"),
+    (ValueError, MASKED_TOKEN, ones(6), r"mask must broadcast to \(2, 3, 5\); got \(6,\)"),
+    (ValueError, MASKED_TOKEN, ones(2, 3, 1, 5), r"mask must broadcast to \(2, 3, 5\); got \(2, 3, 1, 5\)"),
+    (ValueError, MASKED_TOKEN, ones(2, 3, 6, 5), r"mask must broadcast to \(2, 3, 5\); got \(2, 3, 6, 5\)"),
+    (TypeError, MASKED_CHANNEL, [1.0] * 5, "mask must be a tensor; got list"),
+    (TypeError, MASKED_CHANNEL, 1.0, "mask must be a tensor; got float"),
+    (TypeError, MASKED_CHANNEL, np.ones(5), "mask must be a tensor; got ndarray"),
+    (TypeError, MASKED_CHANNEL, ones(5, dtype=torch.uint8), f"mask must be {MASK_DTYPES}; got uint8"),
+    (TypeError, MASKED_TOKEN, ones(5, dtype=torch.complex64), f"mask must be {MASK_DTYPES}; got complex64"),
+]
 
 
-@pytest.mark.parametrize(("error", "good", "bad", "message"), CALLS, ids=[row[-1][:40] for row in CALLS])
-def test_topk_attention(error, good, bad, message):
-    topk_attention(**good)
+def ids(rows: list[tuple]) -> list[str]:
+    return [message[:40] for *_, message in rows]
+
+
+def assert_refused(operator, good: dict[str, Any], bad: dict[str, Any], error, message: str) -> None:
+    operator(**good)
     with pytest.raises(error, match=message) as raised:
-        topk_attention(**{**good, **bad})
+        operator(**{**good, **bad})
     assert "\n" not in str(raised.value)
+
+
+TOPK_ERRORS = [(ValueError, *row) for row in VALUE_ERRORS] + [(TypeError, *row) for row in TYPE_ERRORS]
+
+
+@pytest.mark.parametrize(("error", "good", "bad", "message"), TOPK_ERRORS, ids=ids(TOPK_ERRORS))
+def test_topk_attention(error, good, bad, message):
+    assert_refused(topk_attention, good, bad, error, message)
+
+
+@pytest.mark.parametrize(("error", "good", "bad", "message"), SHARED_ERRORS, ids=ids(SHARED_ERRORS))
+def test_masked_attention(error, good, bad, message):
+    masked = MASKED_CHANNEL if good is CHANNEL else MASKED_TOKEN
+    assert_refused(masked_attention, masked, bad, error, message)
+
+
+@pytest.mark.parametrize(("error", "good", "mask", "message"), MASK_ERRORS, ids=ids(MASK_ERRORS))
+def test_mask(error, good, mask, message):
+    assert_refused(masked_attention, good, {"mask": mask}, error, message)
+    with pytest.raises(error, match=message):
+        explain(masked_attention, **{**good, "mask": mask})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="mixing devices takes a GPU")
@@ -92,6 +145,8 @@ MODULES = [
     (DynamicDualAttention, (4, 2), {"topk_ratio": 1.5}, r"topk_ratio must be in \(0, 1\]; got 1.5"),
     (DynamicDualAttention, (4, 2), {"layout": "x"}, "layout must be 'channel' or 'token'; got 'x'"),
     (DynamicDualAttention, (4, 2), {"window_size": 0}, "window_size must be at least 1; got 0"),
+    (MultiInputAttention, (10, 3), {}, "dim must be a positive multiple of heads; got dim=10, heads=3"),
+    (MultiInputAttention, (4, 0), {}, "dim must be a positive multiple of heads; got dim=4, heads=0"),
 ]
 
 
@@ -106,3 +161,21 @@ def test_module_options(module, sizes, options, message):
 def test_module_input(module, shape):
     with pytest.raises(ValueError, match=r"x must have shape \(B, 4, H, W\); got"):
         module(4, 2)(torch.ones(shape))
+
+
+IMAGE = torch.ones(2, 4, 8, 6)
+MULTI_INPUT = [
+    ({"q": torch.ones(2, 5, 8, 6)}, r"q must have shape \(B, 4, H, W\); got \(2, 5, 8, 6\)"),
+    ({"k": torch.ones(4, 8, 6)}, r"k must have shape \(B, 4, H, W\); got \(4, 8, 6\)"),
+    ({"v": torch.ones(2, 4, 6, 8)}, r"v must have q's shape \(2, 4, 8, 6\); got \(2, 4, 6, 8\)"),
+    ({"mask": torch.ones(8, 5)}, r"mask must broadcast to \(2, 4, 8, 6\); got \(8, 5\)"),
+    ({"mask": torch.ones(1, 2, 4, 8, 6)}, r"mask must broadcast to \(2, 4, 8, 6\); got \(1, 2, 4, 8, 6\)"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), MULTI_INPUT)
+def test_multi_input_attention(bad, message):
+    module, good = MultiInputAttention(4, 2), {"q": IMAGE, "k": IMAGE, "v": IMAGE, "mask": IMAGE[:, :1]}
+    module(**good)
+    with pytest.raises(ValueError, match=message):
+        module(**{**good, **bad})
