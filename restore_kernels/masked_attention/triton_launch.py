@@ -68,11 +68,12 @@ def masked_attention_token(
     is_split = splits > 1
     partial = torch.empty((batch, heads, splits, queries, width) if is_split else (0,), **small)
     statistics = torch.empty((batch, heads, splits, 2, queries) if is_split else (0,), **small)
+    bias = None if mask is None else mask.log()
     with on_device(q):
         launch(
             token_kernels.masked_output_kernel, tiles.row_tiles * splits,
-            q, k, v, mask, temperature, out, wide_out, log_sum_exp, partial, statistics,
-            q.stride(), k.stride(), v.stride(), _strides(mask), temperature.stride(), out.stride(),
+            q, k, v, bias, temperature, out, wide_out, log_sum_exp, partial, statistics,
+            q.stride(), k.stride(), v.stride(), _strides(bias), temperature.stride(), out.stride(),
             heads, queries, keys, depth, width, splits, tiles_per_split,
             MASKED=mask is not None, SPLIT=is_split, ROUNDED=is_rounded, BLOCK_E=block_e, **tiles.constants,
         )  # fmt: skip
@@ -98,8 +99,9 @@ def masked_attention_token_backward(
     dtype, mode = computed_operand(q.dtype, depth)
     constants = tiles.constants | {"MASKED": mask is not None, "BLOCK_E": block(width, UNBOUNDED)}
     gradient = {"GRADIENT": triton_dtype(dtype), "GRADIENT_PRECISION": mode}
-    inputs = (grad_out, q, k, v, mask, temperature, log_sum_exp)
-    strides = (*(x.stride() for x in (grad_out, q, k, v)), _strides(mask), temperature.stride())
+    bias = None if mask is None else mask.log()
+    inputs = (grad_out, q, k, v, bias, temperature, log_sum_exp)
+    strides = (*(x.stride() for x in (grad_out, q, k, v)), _strides(bias), temperature.stride())
     sizes = (heads, queries, keys, depth, width)
 
     def parts(splits: int, x: Tensor) -> Tensor:
@@ -119,9 +121,9 @@ def masked_attention_token_backward(
         )  # fmt: skip
         launch(
             backward_kernels.masked_grad_kv_kernel, tiles.key_tiles * query_splits,
-            *inputs, row_sums, grad_k, grad_v, partial_k, partial_v, mask_terms,
-            *strides, grad_k.stride(), grad_v.stride(), *sizes, query_splits, query_tiles_per_split,
-            SPLIT=query_splits > 1, **constants, **gradient,
+            *inputs, row_sums, mask, grad_k, grad_v, partial_k, partial_v, mask_terms,
+            *strides, _strides(mask), grad_k.stride(), grad_v.stride(), *sizes,
+            query_splits, query_tiles_per_split, SPLIT=query_splits > 1, **constants, **gradient,
         )  # fmt: skip
         if key_splits > 1:
             _sum_gradient(partial_q, q, grad_q, normalize)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from restore_kernels.masked_attention.triton_token_kernels import (
     at_head,
-    load_mask,
+    load_bias,
     load_values,
     masked_scores,
 )
@@ -50,8 +50,8 @@ def masked_output_sums_kernel(
 
 @triton.jit
 def masked_row_sums_kernel(
-    grad_out_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, temperature_ptr, log_sum_exp_ptr, row_sums_ptr,
-    grad_out_stride, q_stride, k_stride, v_stride, mask_stride, temperature_stride,
+    grad_out_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, temperature_ptr, log_sum_exp_ptr, row_sums_ptr,
+    grad_out_stride, q_stride, k_stride, v_stride, bias_stride, temperature_stride,
     heads, queries, keys, depth, width, splits, tiles_per_split,
     MASKED: tl.constexpr, NORMALIZE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -70,7 +70,7 @@ def masked_row_sums_kernel(
     k_ptr = at_head(k_ptr, k_stride, batch, head)
     v_ptr = at_head(v_ptr, v_stride, batch, head)
     if MASKED:
-        mask_ptr = at_head(mask_ptr, mask_stride, batch, head)
+        bias_ptr = at_head(bias_ptr, bias_stride, batch, head)
     temperature = tl.load(at_head(temperature_ptr, temperature_stride, batch, head))
     q, row_scale, q_scale, norms = load_queries(
         q_ptr, q_stride, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
@@ -82,7 +82,7 @@ def masked_row_sums_kernel(
     first = split * tiles_per_split * BLOCK_M
     for start in range(first, tl.minimum(first + tiles_per_split * BLOCK_M, keys), BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
-        is_key, mask = load_mask(mask_ptr, mask_stride, offs_m, keys, MASKED)
+        is_key, bias = load_bias(bias_ptr, bias_stride, offs_m, keys, MASKED)
         has_key = True
         if MASKED:
             has_key = tl.max(is_key.to(tl.int32), axis=0) > 0
@@ -91,7 +91,7 @@ def masked_row_sums_kernel(
                 k_ptr, k_stride, offs_m, is_key, offs_d, depth, NORMALIZE, PRECISE
             )
             scores, products = masked_scores(
-                q, row_scale, k, k_scale, is_key, mask, MASKED, NORMALIZE, PRECISE, PRECISION
+                q, row_scale, k, k_scale, is_key, bias, MASKED, NORMALIZE, PRECISE, PRECISION
             )
             v = load_values(v_ptr, v_stride, offs_m, is_key, offs_e, width)
             grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
@@ -102,9 +102,9 @@ def masked_row_sums_kernel(
 
 @triton.jit
 def masked_grad_q_kernel(
-    grad_out_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, temperature_ptr, log_sum_exp_ptr, row_sums_ptr,
+    grad_out_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, temperature_ptr, log_sum_exp_ptr, row_sums_ptr,
     grad_q_ptr, partial_ptr, temperature_terms_ptr,
-    grad_out_stride, q_stride, k_stride, v_stride, mask_stride, temperature_stride, grad_q_stride,
+    grad_out_stride, q_stride, k_stride, v_stride, bias_stride, temperature_stride, grad_q_stride,
     heads, queries, keys, depth, width, splits, tiles_per_split,
     MASKED: tl.constexpr, SPLIT: tl.constexpr, ONE_TILE: tl.constexpr,
     NORMALIZE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
@@ -127,7 +127,7 @@ def masked_grad_q_kernel(
     k_ptr = at_head(k_ptr, k_stride, batch, head)
     v_ptr = at_head(v_ptr, v_stride, batch, head)
     if MASKED:
-        mask_ptr = at_head(mask_ptr, mask_stride, batch, head)
+        bias_ptr = at_head(bias_ptr, bias_stride, batch, head)
     temperature = tl.load(at_head(temperature_ptr, temperature_stride, batch, head))
     q, row_scale, q_scale, norms = load_queries(
         q_ptr, q_stride, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
@@ -143,7 +143,7 @@ def masked_grad_q_kernel(
     first = split * tiles_per_split * BLOCK_M
     for start in range(first, tl.minimum(first + tiles_per_split * BLOCK_M, keys), BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
-        is_key, mask = load_mask(mask_ptr, mask_stride, offs_m, keys, MASKED)
+        is_key, bias = load_bias(bias_ptr, bias_stride, offs_m, keys, MASKED)
         has_key = True
         if MASKED and not ONE_TILE:
             has_key = tl.max(is_key.to(tl.int32), axis=0) > 0
@@ -152,7 +152,7 @@ def masked_grad_q_kernel(
                 k_ptr, k_stride, offs_m, is_key, offs_d, depth, NORMALIZE, PRECISE
             )
             scores, products = masked_scores(
-                q, row_scale, k, k_scale, is_key, mask, MASKED, NORMALIZE, PRECISE, PRECISION
+                q, row_scale, k, k_scale, is_key, bias, MASKED, NORMALIZE, PRECISE, PRECISION
             )
             v = load_values(v_ptr, v_stride, offs_m, is_key, offs_e, width)
             grad_p = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)  # dP [BLOCK_N, BLOCK_M]
@@ -179,10 +179,10 @@ def masked_grad_q_kernel(
 
 @triton.jit
 def masked_grad_kv_kernel(
-    grad_out_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, temperature_ptr, log_sum_exp_ptr, row_sums_ptr,
-    grad_k_ptr, grad_v_ptr, partial_k_ptr, partial_v_ptr, grad_mask_ptr,
-    grad_out_stride, q_stride, k_stride, v_stride, mask_stride, temperature_stride,
-    grad_k_stride, grad_v_stride, heads, queries, keys, depth, width, splits, tiles_per_split,
+    grad_out_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, temperature_ptr, log_sum_exp_ptr, row_sums_ptr,
+    mask_ptr, grad_k_ptr, grad_v_ptr, partial_k_ptr, partial_v_ptr, grad_mask_ptr,
+    grad_out_stride, q_stride, k_stride, v_stride, bias_stride, temperature_stride,
+    mask_stride, grad_k_stride, grad_v_stride, heads, queries, keys, depth, width, splits, tiles_per_split,
     MASKED: tl.constexpr, SPLIT: tl.constexpr,
     NORMALIZE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
     GRADIENT: tl.constexpr, GRADIENT_PRECISION: tl.constexpr,
@@ -203,9 +203,9 @@ def masked_grad_kv_kernel(
     k_ptr = at_head(k_ptr, k_stride, batch, head)
     v_ptr = at_head(v_ptr, v_stride, batch, head)
     if MASKED:
-        mask_ptr = at_head(mask_ptr, mask_stride, batch, head)
+        bias_ptr = at_head(bias_ptr, bias_stride, batch, head)
     temperature = tl.load(at_head(temperature_ptr, temperature_stride, batch, head))
-    is_key, mask = load_mask(mask_ptr, mask_stride, offs_m, keys, MASKED)
+    is_key, bias = load_bias(bias_ptr, bias_stride, offs_m, keys, MASKED)
     k, k_scale, norms = load_keys(k_ptr, k_stride, offs_m, is_key, offs_d, depth, NORMALIZE, PRECISE)
     v = load_values(v_ptr, v_stride, offs_m, is_key, offs_e, width)  # [BLOCK_M, BLOCK_E]
 
@@ -223,7 +223,7 @@ def masked_grad_kv_kernel(
             q_ptr, q_stride, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
         )
         scores, products = masked_scores(
-            q, row_scale, k, k_scale, is_key, mask, MASKED, NORMALIZE, PRECISE, PRECISION
+            q, row_scale, k, k_scale, is_key, bias, MASKED, NORMALIZE, PRECISE, PRECISION
         )
         reference = load_reference(log_sum_exp_ptr, rows, in_rows)
         probabilities = tl.exp(scores - reference[:, None])  # P [BLOCK_N, BLOCK_M]
@@ -239,7 +239,9 @@ def masked_grad_kv_kernel(
 
     part = matrix * splits + split
     if MASKED:
-        tl.store(grad_mask_ptr + part * keys + offs_m, grad_bias / mask, mask=offs_m < keys)
+        mask_ptr = at_head(mask_ptr, mask_stride, batch, head) + offs_m.to(tl.int64) * mask_stride[2]
+        grad_mask = grad_bias / tl.load(mask_ptr, mask=is_key, other=1.0)
+        tl.store(grad_mask_ptr + part * keys + offs_m, grad_mask, mask=offs_m < keys)
     if SPLIT:
         partial_k_ptr += part * keys * depth
         partial_v_ptr += part * keys * width

@@ -18,7 +18,8 @@ With 16 queries and 65,536 keys of D = E = 48 in bfloat16, k and v are 12.6 MB, 
 an H200, and bound the output: 3.2 GFLOP take no time beside it. With many queries the exponentials
 bound it, as for the dense branch of top-k attention.
 
-A key of mask 0 is left out exactly: its k and v are not even loaded, and a tile without any other
+The launcher takes the logarithm of the mask: here every lane of a tile would, for its columns. A key of
+mask 0 is left out exactly: its k and v are not even loaded, and a tile without any other
 keys is skipped. A row without keys has L = -inf, which makes its P zero in the backward pass.
 
 dP = do vᵀ, dS = P (dP - r), dq = D_q (T dS k̂ - c q̂) where c = rowsum(T dS A), zero where the norm is
@@ -50,15 +51,16 @@ def at_head(ptr, stride, batch, head):
 
 
 @triton.jit
-def load_mask(mask_ptr, mask_stride, offs_m, keys, MASKED: tl.constexpr):
-    """Which keys count, and the mask there, 1 elsewhere. -> [BLOCK_M], [BLOCK_M]"""
+def load_bias(bias_ptr, bias_stride, offs_m, keys, MASKED: tl.constexpr):
+    """Which keys count, and the logarithm of the mask there, 0 elsewhere. -> [BLOCK_M], [BLOCK_M]"""
     is_key = offs_m < keys
-    mask = tl.full([offs_m.shape[0]], 1.0, tl.float32)
+    bias = tl.zeros([offs_m.shape[0]], dtype=tl.float32)
     if MASKED:
-        mask = tl.load(mask_ptr + offs_m.to(tl.int64) * mask_stride[2], mask=is_key, other=0.0)
-        is_key = mask > 0
-        mask = tl.where(is_key, mask, 1.0)
-    return is_key, mask
+        pointers = bias_ptr + offs_m.to(tl.int64) * bias_stride[2]
+        bias = tl.load(pointers, mask=is_key, other=float("-inf"))
+        is_key = bias > float("-inf")  # not so for 0 and, NaN being the logarithm, for what is below
+        bias = tl.where(is_key, bias, 0.0)
+    return is_key, bias
 
 
 @triton.jit
@@ -69,20 +71,20 @@ def load_values(v_ptr, v_stride, offs_m, is_key, offs_e, width):
 
 @triton.jit
 def masked_scores(
-    q, row_scale, k, k_scale, is_key, mask, MASKED: tl.constexpr,
+    q, row_scale, k, k_scale, is_key, bias, MASKED: tl.constexpr,
     NORMALIZE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``score_tile`` plus the logarithm of the mask."""
     scores, products = score_tile(q, row_scale, k, k_scale, is_key, NORMALIZE, PRECISE, PRECISION)
     if MASKED:
-        scores += tl.log(mask)[None, :]
+        scores += bias[None, :]
     return scores, products
 
 
 @triton.jit
 def masked_output_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, temperature_ptr, out_ptr, wide_out_ptr, log_sum_exp_ptr,
-    partial_ptr, statistics_ptr, q_stride, k_stride, v_stride, mask_stride, temperature_stride, out_stride,
+    q_ptr, k_ptr, v_ptr, bias_ptr, temperature_ptr, out_ptr, wide_out_ptr, log_sum_exp_ptr,
+    partial_ptr, statistics_ptr, q_stride, k_stride, v_stride, bias_stride, temperature_stride, out_stride,
     heads, queries, keys, depth, width, splits, tiles_per_split,
     MASKED: tl.constexpr, SPLIT: tl.constexpr, ROUNDED: tl.constexpr,
     NORMALIZE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
@@ -102,7 +104,7 @@ def masked_output_kernel(
     k_ptr = at_head(k_ptr, k_stride, batch, head)
     v_ptr = at_head(v_ptr, v_stride, batch, head)
     if MASKED:
-        mask_ptr = at_head(mask_ptr, mask_stride, batch, head)
+        bias_ptr = at_head(bias_ptr, bias_stride, batch, head)
     temperature = tl.load(at_head(temperature_ptr, temperature_stride, batch, head))
     q, row_scale, q_scale, norms = load_queries(
         q_ptr, q_stride, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
@@ -115,7 +117,7 @@ def masked_output_kernel(
     first = split * tiles_per_split * BLOCK_M
     for start in range(first, tl.minimum(first + tiles_per_split * BLOCK_M, keys), BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
-        is_key, mask = load_mask(mask_ptr, mask_stride, offs_m, keys, MASKED)
+        is_key, bias = load_bias(bias_ptr, bias_stride, offs_m, keys, MASKED)
         has_key = True
         if MASKED:
             has_key = tl.max(is_key.to(tl.int32), axis=0) > 0
@@ -124,7 +126,7 @@ def masked_output_kernel(
                 k_ptr, k_stride, offs_m, is_key, offs_d, depth, NORMALIZE, PRECISE
             )
             scores, products = masked_scores(
-                q, row_scale, k, k_scale, is_key, mask, MASKED, NORMALIZE, PRECISE, PRECISION
+                q, row_scale, k, k_scale, is_key, bias, MASKED, NORMALIZE, PRECISE, PRECISION
             )
             larger = tl.maximum(largest, tl.max(scores, axis=1))
             exponentials = tl.exp(scores - larger[:, None])
