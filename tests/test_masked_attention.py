@@ -95,44 +95,44 @@ def test_backend_runs_here(backend):
     check_runs(EXPLANATION, backend)
 
 
-@each(sizes(), interpreted=8)
+@each(sizes(), interpreted=7)
 def test_sizes(backend, case):
     assert_conforms(build(case), backend)
 
 
-@each(_memory(), interpreted=6)
+@each(_memory(), interpreted=4)
 def test_memory_layouts(backend, case):
     assert_conforms(build(case), backend)
 
 
-@each(_mask_memory(), interpreted=4)
+@each(_mask_memory(), interpreted=3)
 def test_memory_layouts_of_the_mask(backend, case):
     assert_conforms(build(case), backend)
 
 
-@each(_projections(), interpreted=3)
+@each(_projections(), interpreted=2)
 def test_output_projection(backend, case):
     assert_conforms(build(case), backend)
 
 
-@each(_temperatures(), interpreted=3)
+@each(_temperatures(), interpreted=1)
 def test_temperatures(backend, case):
     assert_conforms(build(case), backend)
 
 
-@each(basic(), interpreted=3)
+@each(basic(), interpreted=2)
 def test_large_scores(backend, case):
     """Whose exponentials are beyond float32 unless the largest of a row is subtracted."""
     temperature = torch.tensor([300.0, -200.0])[:, None, None]
     assert_conforms(with_tensors(build(case), temperature=temperature), backend)
 
 
-@each(basic(), interpreted=2)
+@each(basic(), interpreted=1)
 def test_zero_temperature_weighs_by_the_mask_alone(backend, case):
     assert_conforms(with_tensors(build(case), temperature=torch.zeros(2, 1, 1)), backend)
 
 
-@each(basic(ALL_DTYPES[:3]), interpreted=3)
+@each(basic(ALL_DTYPES[:3]), interpreted=2)
 def test_zero_vectors(backend, case):
     """The norm of a zero row of q or k is the clamp, 1e-12: a huge gradient."""
     problem = build(case)
@@ -171,7 +171,7 @@ def test_no_nan_where_products_underflow_or_overflow(backend, layout, dtype, siz
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_shows_in_its_head_and_no_other(backend, layout):
-    shape = (1, 3, 12, 40) if layout == "channel" else (1, 3, 20, 12, 8, 9)
+    shape = (1, 2, 12, 40) if layout == "channel" else (1, 2, 20, 12, 8, 9)
     problem = build(Case(layout, shape, full_mask(layout, shape), kind="soft"))
     clean = evaluate(problem, backend)
     for name, rows in (("q", [3]), ("k", range(problem.grad_out.shape[2])), ("mask", None)):
@@ -181,7 +181,7 @@ def test_nan_shows_in_its_head_and_no_other(backend, layout):
         if rows is not None:
             assert dirty["out"][0, 1].isnan().all(-1).nonzero().flatten().tolist() == list(rows)
         for result in clean:
-            assert torch.equal(clean[result][:, ::2], dirty[result][:, ::2]), result
+            assert torch.equal(clean[result][:, 0], dirty[result][:, 0]), result
 
 
 @pytest.mark.parametrize("mask", [True, False])
