@@ -213,6 +213,24 @@ def test_train_then_restore(recipe, photos, tmp_path, capsys):
     assert cli.run(["restore", str(weights), str(photos / "a.png"), "--out", str(tmp_path / "out")]) == 0
 
 
+SMALL_NETWORKS = {
+    "association": {"n_feat": 4, "heads": 1, "num_blocks": 1, "tokens": 2, "token_layers": 1},
+    "drsformer": {"dim": 8, "num_blocks": [1, 1, 1, 1], "heads": [1, 1, 1, 1], "ffn_expansion": 1.0},
+    "elf": {"n_feat": 4},
+}
+
+
+@pytest.mark.parametrize("name", SMALL_NETWORKS)
+def test_every_network_trains_resumes_and_restores(name, recipe, photos, tmp_path):
+    network = json.dumps({"name": name, **SMALL_NETWORKS[name]})
+    recipe.write_text(recipe.read_text().replace(json.dumps(TINY), network) + "edge_weight: 0.05\n")
+    assert cli.run(["train", "--config", str(recipe)]) == 0
+    assert cli.run(["train", "--config", str(recipe), "--resume"]) == 0
+    weights, out = tmp_path / "run" / "model.safetensors", tmp_path / "out"
+    assert cli.run(["restore", str(weights), str(photos), "--out", str(out)]) == 0
+    assert read_image(out / "a.png").shape == (3, 33, 21)
+
+
 def test_weights_of_losses_take_the_place_of_the_recipes(recipe, tmp_path, capsys):
     command = ["train", "--config", str(recipe), "--edge-weight", "0.05", "--ssim-weight", "0.2"]
     assert cli.run(command) == 0

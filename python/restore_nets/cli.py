@@ -42,7 +42,7 @@ def demo(
     ] = DEFAULT_MODEL,
     device: Device = "cpu",
     steps: Annotated[
-        int | None, typer.Option(help="Training steps. Default: one to three minutes on 2 cores.")
+        int | None, typer.Option(help="Training steps, instead of the default of the network.")
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Train about this long, instead of --steps.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, crops and rain.")] = 0,
@@ -52,8 +52,8 @@ def demo(
 ) -> None:
     """Train a small network here, restore rainy photos, report.
 
-    Trains for a minute (association and elf: some minutes) on photos in synthetic rain, restores photos
-    that it never saw, and writes pictures, weights, the loss curve and report.html.
+    Trains for one to three minutes (by the network, on 2 cores) on photos in synthetic rain, restores
+    photos that it never saw, and writes pictures, weights, the loss curve and report.html.
     """
     from rich.console import Console
 
