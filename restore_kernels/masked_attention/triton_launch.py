@@ -25,7 +25,7 @@ from restore_kernels.triton_common.launching import (
     split,
     triton_dtype,
 )
-from restore_kernels.triton_common.token_launch import TokenTiles
+from restore_kernels.triton_common.token_launch import NO_SPILLS, TokenTiles
 
 
 def _one_branch(q: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -75,7 +75,8 @@ def masked_attention_token(
             q, k, v, bias, temperature, out, wide_out, log_sum_exp, partial, statistics,
             q.stride(), k.stride(), v.stride(), _strides(bias), temperature.stride(), out.stride(),
             heads, queries, keys, depth, width, splits, tiles_per_split,
-            MASKED=mask is not None, SPLIT=is_split, ROUNDED=is_rounded, BLOCK_E=block_e, **tiles.constants,
+            MASKED=mask is not None, SPLIT=is_split, ROUNDED=is_rounded, BLOCK_E=block_e,
+            **tiles.constants, **NO_SPILLS,
         )  # fmt: skip
         if is_split:
             launch(
@@ -95,9 +96,12 @@ def masked_attention_token_backward(
     tiles = TokenTiles.of(q, k, v, normalize)
     block_n, block_m = tiles.constants["BLOCK_N"], tiles.constants["BLOCK_M"]
     key_tiles_per_split, key_splits = _split(keys, block_m, tiles.row_tiles, q)
-    query_tiles_per_split, query_splits = _split(queries, block_n, tiles.key_tiles, q)
+    # Beside the gradients of 64 keys, tiles of 64 queries do not fit into registers.
+    block_queries = min(block_n, 32)
+    query_tiles_per_split, query_splits = _split(queries, block_queries, tiles.key_tiles, q)
     dtype, mode = computed_operand(q.dtype, depth)
     constants = tiles.constants | {"MASKED": mask is not None, "BLOCK_E": block(width, UNBOUNDED)}
+    constants |= NO_SPILLS
     gradient = {"GRADIENT": triton_dtype(dtype), "GRADIENT_PRECISION": mode}
     bias = None if mask is None else mask.log()
     inputs = (grad_out, q, k, v, bias, temperature, log_sum_exp)
@@ -123,7 +127,8 @@ def masked_attention_token_backward(
             backward_kernels.masked_grad_kv_kernel, tiles.key_tiles * query_splits,
             *inputs, row_sums, mask, grad_k, grad_v, partial_k, partial_v, mask_terms,
             *strides, _strides(mask), grad_k.stride(), grad_v.stride(), *sizes,
-            query_splits, query_tiles_per_split, SPLIT=query_splits > 1, **constants, **gradient,
+            query_splits, query_tiles_per_split, SPLIT=query_splits > 1,
+            **constants | gradient | {"BLOCK_N": block_queries},
         )  # fmt: skip
         if key_splits > 1:
             _sum_gradient(partial_q, q, grad_q, normalize)

@@ -24,7 +24,7 @@ from restore_kernels.triton_common.launching import (
     on_device,
     triton_dtype,
 )
-from restore_kernels.triton_common.token_launch import TokenTiles
+from restore_kernels.triton_common.token_launch import NO_SPILLS, TokenTiles
 
 
 def topk_attention_channel(
@@ -77,7 +77,7 @@ def topk_attention_token(
             launch(
                 token_select_kernel, tiles.row_tiles, q, k, temperature, *selection,
                 q.stride(), k.stride(), temperature.stride(), kept, branch, branches, *sizes[:4],
-                **tiles.constants,
+                **tiles.constants, **NO_SPILLS,
             )  # fmt: skip
         launch(
             token_kernels.token_output_kernel, tiles.row_tiles, *inputs, *strides, *sizes,
