@@ -15,17 +15,17 @@ the reverse) programs write partial sums, which masked_combine_kernel (the outpu
 different references) and sum_gradient_kernel (dq, dk, dv) add up in order.
 
 With 16 queries and 65,536 keys of D = E = 48 in bfloat16, k and v are 12.6 MB, 2.9 us at 4.3 TB/s on
-an H200, and bound the output: 3.2 GFLOP take no time beside it. With many queries the exponentials
+an H200, and bound the output: 0.2 GFLOP take no time beside it. With many queries the exponentials
 bound it, as for the dense branch of top-k attention.
 
-The launcher takes the logarithm of the mask: here every lane of a tile would, for its columns. A key of
-mask 0 is left out exactly: its k and v are not even loaded, and a tile without any other
-keys is skipped. A row without keys has L = -inf, which makes its P zero in the backward pass.
+The launcher takes the logarithm of the mask; here every lane would, for all columns of its tile. A key
+of mask 0 is left out exactly: its k and v are not even loaded, and a tile of none but such keys is
+skipped. A row without keys has L = -inf, which makes its P zero in the backward pass.
 
 dP = do vᵀ, dS = P (dP - r), dq = D_q (T dS k̂ - c q̂) where c = rowsum(T dS A), zero where the norm is
-clamped; dk is its mirror image, dmask_m = sum_n dS_nm / mask_m. r is rowsum(do out) with float32. With
-the other dtypes P is rounded to multiply v, and the difference dP - r would show it: there r sums the
-unrounded products, in the gradient's own pass where the keys are one tile.
+clamped; dk is its mirror image, dmask_m = sum_n dS_nm / mask_m. With float32 r is rowsum(do out). With
+the other dtypes P is rounded to multiply v, and dP - r would show it: there r sums the unrounded
+products. Where the keys are one tile, masked_grad_q_kernel finds r itself.
 """
 
 from __future__ import annotations
