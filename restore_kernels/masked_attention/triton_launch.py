@@ -25,7 +25,7 @@ from restore_kernels.triton_common.launching import (
     split,
     triton_dtype,
 )
-from restore_kernels.triton_common.token_launch import NO_SPILLS, TokenTiles
+from restore_kernels.triton_common.token_launch import NO_SPILLS, TokenTiles, takes_64_rows
 
 
 def _one_branch(q: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -96,9 +96,10 @@ def masked_attention_token_backward(
     tiles = TokenTiles.of(q, k, v, normalize)
     block_n, block_m = tiles.constants["BLOCK_N"], tiles.constants["BLOCK_M"]
     key_tiles_per_split, key_splits = _split(keys, block_m, tiles.row_tiles, q)
-    # Beside the gradients of 64 keys, tiles of 64 queries do not fit into registers.
-    block_queries = min(block_n, 32)
-    query_tiles_per_split, query_splits = _split(queries, block_queries, tiles.key_tiles, q)
+    # Beside both gradients of 64 keys, tiles of 64 queries do not fit into registers.
+    block_queries, block_keys = min(block_n, 32), min(block_m, 64 if takes_64_rows(q) else 32)
+    key_tiles = batch * heads * triton.cdiv(keys, block_keys)
+    query_tiles_per_split, query_splits = _split(queries, block_queries, key_tiles, q)
     dtype, mode = computed_operand(q.dtype, depth)
     constants = tiles.constants | {"MASKED": mask is not None, "BLOCK_E": block(width, UNBOUNDED)}
     constants |= NO_SPILLS
@@ -124,11 +125,11 @@ def masked_attention_token_backward(
             SPLIT=key_splits > 1, ONE_TILE=keys <= block_m, **constants, **gradient,
         )  # fmt: skip
         launch(
-            backward_kernels.masked_grad_kv_kernel, tiles.key_tiles * query_splits,
+            backward_kernels.masked_grad_kv_kernel, key_tiles * query_splits,
             *inputs, row_sums, mask, grad_k, grad_v, partial_k, partial_v, mask_terms,
             *strides, _strides(mask), grad_k.stride(), grad_v.stride(), *sizes,
             query_splits, query_tiles_per_split, SPLIT=query_splits > 1,
-            **constants | gradient | {"BLOCK_N": block_queries},
+            **constants | gradient | {"BLOCK_N": block_queries, "BLOCK_M": block_keys},
         )  # fmt: skip
         if key_splits > 1:
             _sum_gradient(partial_q, q, grad_q, normalize)

@@ -15,16 +15,20 @@ from restore_kernels.triton_common.launching import SHORT, UNBOUNDED, block, cap
 NO_SPILLS = {"maxnreg": 255}
 
 
+def takes_64_rows(x: Tensor) -> bool:
+    """Whether the matrix instructions of x's GPU do: Hopper's and data-center Blackwell's."""
+    return 9 <= capability(x.device) <= 11
+
+
 def _score_tile(q: Tensor, length: int) -> tuple[int, int, int]:
     """Queries, keys and warps of a tile whose gradients, rows of this length, stay in registers.
 
-    The matrix instructions of Hopper and of data-center Blackwell (compute capability 9 to 11) take
-    64 rows, and at least one operand from shared memory, which leaves registers for larger tiles.
-    Operands of float32 are split in two for every product.
+    Instructions that take 64 rows take at least one operand from shared memory, which leaves registers
+    for larger tiles. Operands of float32 are split in two for every product.
     """
     if q.dtype == torch.float32:
         return (16, 32, 4) if length <= 64 else (16, 16, 8)
-    if length <= (64 if 9 <= capability(q.device) <= 11 else 32):
+    if length <= (64 if takes_64_rows(q) else 32):
         return 64, 64, 8
     return (32, 32, 8) if length <= 128 else (16, 16, 4)
 
