@@ -25,6 +25,7 @@
 #include "channel_matrices.h"
 #include "gate.h"
 #include "image_tiles.h"
+#include "result_memory.h"
 
 namespace restore_kernels {
 inline namespace CPU_CAPABILITY {
@@ -37,7 +38,7 @@ inline Tensor empty_like_rows(const Tensor& x, at::IntArrayRef rows) {
   if (pixel_major) sizes.push_back(x.size(-1));
   sizes.insert(sizes.end(), rows.begin(), rows.end());
   if (!pixel_major) sizes.push_back(x.size(-1));
-  Tensor out = at::empty(sizes, x.options());
+  Tensor out = empty_result(sizes, x.options());
   return pixel_major ? out.movedim(1, -1) : out;
 }
 
@@ -119,9 +120,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem<T>& p, const Tensor& q,
       const auto out_image = output_of<S>(p, out, group);
       division.tiles(task % division.chunks, [&](int64_t n, int64_t count) {
         const Matrix<T> source{v_tile.get(), division.tile}, scratch{out_tile.get(), division.tile};
-        load_rows<S, T>(v_image, n, count, source);
         gate.load(p.batch_of(group), p.head_of(group), v_image.heads, n, count);
-        gate.rows(source, v_image.heads, C, count);
+        load_gated_rows<S, T>(v_image, gate, n, count, source);
         auto next_v = prefetch(v_image, n + count, division.after(n), idle_calls<T>(rows_out, count, in));
         write_rows<S, T>(out_image, n, count, scratch, [&](Matrix<T> target) {
           multiply<T>({matrix + group * rows_out * in, in}, source, target, rows_out, count, in, {}, next_v);
@@ -158,13 +158,10 @@ void backward_values(const Problem<T>& p, const Division& division, const Tensor
         auto next_do = prefetch(do_image, n + count, division.after(n), calls);
         auto next_v = prefetch(v_image, n + count, division.after(n), calls);
         multiply_add<T>(rows, columns, {partial, in}, rows_out, in, count, this_dv);
-        write_rows<S, T>(dv_image, n, count, scratch, [&](Matrix<T> dv) {
+        write_ungated_rows<S, T>(dv_image, v_image, gate, {v_tile.get(), division.tile}, grad_mask, b, h, n, count, false,
+                                 scratch, [&](Matrix<T> dv) {
           multiply<T>(Matrix<const T>{matrix + group * size, in}.transposed(), rows, dv, in, count, rows_out, {},
                       [&] { next_do(); next_v(); });
-          if (!gate) return;
-          const Matrix<T> ungated{v_tile.get(), division.tile};
-          load_rows<S, T>(v_image, n, count, ungated);
-          gate.backward(dv, ungated, grad_mask, b, h, v_image.heads, p.channels, n, count, false);
         });
       });
     }
@@ -189,9 +186,8 @@ void backward_queries_keys(const Problem<T>& p, const Tensor& q, const Tensor& k
       const T* diagonal = diagonals + bh * 2 * C;
       division.tiles(task % division.chunks, [&](int64_t n, int64_t count) {
         load_rows<S, T>(q_image, n, count, q_tile);
-        load_rows<S, T>(k_image, n, count, k_tile);
         gate.load(b, h, 1, n, count);
-        gate.rows(k_tile, 1, C, count);
+        load_gated_rows<S, T>(k_image, gate, n, count, k_tile);
         const int64_t calls = idle_calls<T>(C, count, C);
         auto next_q = prefetch(q_image, n + count, division.after(n), calls);
         auto next_k = prefetch(k_image, n + count, division.after(n), calls);
@@ -199,11 +195,9 @@ void backward_queries_keys(const Problem<T>& p, const Tensor& q, const Tensor& k
         write_rows<S, T>(dq_image, n, count, scratch, [&](Matrix<T> dq) {
           multiply<T>(e_head, k_tile, dq, C, count, C, {q_tile, diagonal}, [&] { this_dk(); next_q(); });
         });
-        write_rows<S, T>(dk_image, n, count, scratch, [&](Matrix<T> dk) {
+        write_ungated_rows<S, T>(dk_image, k_image, gate, k_tile, grad_mask, b, h, n, count, true, scratch,
+                                 [&](Matrix<T> dk) {
           multiply<T>(e_head.transposed(), q_tile, dk, C, count, C, {k_tile, diagonal + C}, next_k);
-          if (!gate) return;
-          load_rows<S, T>(k_image, n, count, k_tile);  // ungated
-          gate.backward(dk, k_tile, grad_mask, b, h, 1, C, n, count, true);
         });
       });
     }
@@ -221,7 +215,7 @@ Gradients backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& q,
   const auto options = similarity.options();
   const Tensor grad_q = empty_like_rows(q, {p.heads, C}), grad_k = empty_like_rows(k, {p.heads, C}),
                grad_v = empty_like_rows(v, {p.heads, C});
-  const Tensor grad_mask = p.mask ? at::empty(p.mask->sizes(), options) : at::empty({0}, options);
+  const Tensor grad_mask = p.mask ? empty_result(p.mask->sizes(), options) : at::empty({0}, options);
   const Tensor grad_temperature = at::empty({p.batch, p.heads}, options);
   const Tensor grad_weights = at::empty({p.batch, p.heads, p.branches}, options);
   const Tensor grad_out_proj = p.out_proj ? at::empty({rows_out, in}, options) : at::empty({0}, options);

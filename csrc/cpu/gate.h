@@ -32,11 +32,10 @@ class Gate {
     load_rows<T, T>(image, n, count, {factors_.get(), tile_});
   }
 
-  // tile (heads * channels x count) *= factors
-  void rows(Matrix<T> tile, int64_t heads, int64_t channels, int64_t count) const {
-    if (!mask_) return;
+  // target (heads * channels x count) = source * factors
+  void rows(Matrix<const T> source, Matrix<T> target, int64_t heads, int64_t channels, int64_t count) const {
     for (int64_t row = 0; row < heads * channels; ++row)
-      at::vec::map2([](Vec x, Vec m) { return x * m; }, tile.data + row * tile.row, tile.data + row * tile.row,
+      at::vec::map2([](Vec x, Vec m) { return x * m; }, target.data + row * target.row, source.data + row * source.row,
                     factors(row, channels), count);
   }
 
@@ -58,23 +57,21 @@ class Gate {
   }
 
   // From the gradient of gated rows and the rows before gating: the mask's gradient for these pixels is
-  // set (or added to), and the gradient becomes that of the rows before gating.
-  void backward(Matrix<T> grad, Matrix<const T> ungated, const Tensor& grad_mask, int64_t b, int64_t h, int64_t heads,
-                int64_t channels, int64_t n, int64_t count, bool add) const {
-    if (!mask_) return;
-    T* target = grad_mask.mutable_data_ptr<T>();
-    for (int64_t row = 0; row < heads * channels; ++row) {
-      const int64_t mask_row = per_channel_ ? (b * mask_->size(1) + h) * channels + row
-                                            : b * mask_->size(1) + h + row / channels;
-      T* grad_row = grad.data + row * grad.row;
-      T* sum = target + mask_row * mask_->size(3) + n;
-      const bool first = !add && (per_channel_ || row % channels == 0);
-      if (first)
-        at::vec::map2([](Vec g, Vec x) { return g * x; }, sum, grad_row, ungated.data + row * ungated.row, count);
-      else
-        at::vec::map3([](Vec s, Vec g, Vec x) { return at::vec::fmadd(g, x, s); }, sum, sum, grad_row,
-                      ungated.data + row * ungated.row, count);
-      at::vec::map2([](Vec g, Vec m) { return g * m; }, grad_row, grad_row, factors(row, channels), count);
+  // set (or added to), and target receives the gradient of the rows before gating. It may be grad itself.
+  void backward(Matrix<const T> grad, Matrix<const T> ungated, Matrix<T> target, const Tensor& grad_mask, int64_t b,
+                int64_t h, int64_t heads, int64_t channels, int64_t n, int64_t count, bool add) const {
+    const int64_t mask_rows = per_channel_ ? heads * channels : heads, rows = heads * channels / mask_rows;
+    const int64_t first = (b * mask_->size(1) + h) * mask_->size(2);
+    for (int64_t r = 0; r < mask_rows; ++r) {
+      T* sums = grad_mask.mutable_data_ptr<T>() + (first + r) * mask_->size(3) + n;
+      const T* factors = factors_.get() + r * tile_;
+      int64_t i = 0;
+      for (; i + kVectors * Vec::size() <= count; i += kVectors * Vec::size())
+        block<kVectors>(grad.from(r * rows, i), ungated.from(r * rows, i), target.from(r * rows, i), factors + i,
+                        sums + i, rows, Vec::size(), add);
+      for (; i < count; i += Vec::size())
+        block<1>(grad.from(r * rows, i), ungated.from(r * rows, i), target.from(r * rows, i), factors + i, sums + i,
+                 rows, std::min<int64_t>(Vec::size(), count - i), add);
     }
   }
 
@@ -83,11 +80,60 @@ class Gate {
     return factors_.get() + (per_channel_ ? row : row / channels) * tile_;
   }
 
+  static constexpr int kVectors = 4;
+
+  // The rows that share one row of the mask, `vectors` wide; of the last vector `last` elements.
+  template <int vectors>
+  static void block(Matrix<const T> grad, Matrix<const T> ungated, Matrix<T> target, const T* factors, T* sums,
+                    int64_t rows, int64_t last, bool add) {
+    Vec factor[vectors], sum[vectors];
+    for (int v = 0; v < vectors; ++v) {
+      factor[v] = Vec::loadu(factors + v * Vec::size(), last);
+      sum[v] = add ? Vec::loadu(sums + v * Vec::size(), last) : Vec(T(0));
+    }
+    for (int64_t row = 0; row < rows; ++row)
+      for (int v = 0; v < vectors; ++v) {
+        const Vec g = Vec::loadu(grad.data + row * grad.row + v * Vec::size(), last);
+        sum[v] = at::vec::fmadd(g, Vec::loadu(ungated.data + row * ungated.row + v * Vec::size(), last), sum[v]);
+        (g * factor[v]).store(target.data + row * target.row + v * Vec::size(), last);
+      }
+    for (int v = 0; v < vectors; ++v) sum[v].store(sums + v * Vec::size(), last);
+  }
+
   const std::optional<Tensor>& mask_;
   int64_t tile_;
   bool per_channel_;
   Scratch<T> factors_, columns_;
 };
+
+// As load_rows, through the gate, whose factors for these pixels are loaded.
+template <typename S, typename T>
+void load_gated_rows(const Image<const S>& image, const Gate<T>& gate, int64_t n, int64_t count, Matrix<T> tile) {
+  if constexpr (std::is_same_v<S, T>)
+    if (gate && is_tile<T>(image)) return gate.rows(image.first_head(n), tile, image.heads, image.channels, count);
+  load_rows<S, T>(image, n, count, tile);
+  if (gate) gate.rows(tile, tile, image.heads, image.channels, count);
+}
+
+// As write_rows, where the product is the gradient of rows that passed the gate: back through it.
+// `ungated` are those rows before the gate, which `spare` may hold.
+template <typename S, typename T, typename F>
+void write_ungated_rows(const Image<S>& image, const Image<const S>& ungated, const Gate<T>& gate, Matrix<T> spare,
+                        const Tensor& grad_mask, int64_t b, int64_t h, int64_t n, int64_t count, bool add,
+                        Matrix<T> scratch, F product) {
+  if (!gate) return write_rows<S, T>(image, n, count, scratch, product);
+  product(scratch);
+  auto backward = [&](Matrix<const T> rows, Matrix<T> target) {
+    gate.backward(scratch, rows, target, grad_mask, b, h, image.heads, image.channels, n, count, add);
+  };
+  if constexpr (std::is_same_v<S, T>)
+    if (is_tile<T>(image) && is_tile<T>(ungated)) return backward(ungated.first_head(n), image.first_head(n));
+  load_rows<S, T>(ungated, n, count, spare);
+  backward(spare, scratch);
+  image.each_head(n, [&](int64_t row, Matrix<S> target) {
+    copy_tile<T, S>(scratch.from(row, 0), target, image.channels, count);
+  });
+}
 
 }  // namespace CPU_CAPABILITY
 }  // namespace restore_kernels

@@ -101,14 +101,20 @@ void load_columns(const Image<const S>& image, int64_t n, int64_t count, Matrix<
   load_rows<S, T>(image, n, count, tile.transposed());
 }
 
+// Whether the rows can be read and written where they lie: one matrix of the accumulation type whose
+// pixels are contiguous.
+template <typename T, typename S>
+bool is_tile(const Image<S>& image) {
+  const bool one_matrix = image.heads == 1 || image.head_stride == image.channels * image.channel_stride;
+  return std::is_same_v<std::remove_const_t<S>, T> && image.pixel_stride == 1 && one_matrix;
+}
+
 // product(target) makes the rows of a tile, in the image itself where its pixels are contiguous and of
 // the accumulation type, otherwise in `scratch`, from where they are stored.
 template <typename S, typename T, typename F>
 void write_rows(const Image<S>& image, int64_t n, int64_t count, Matrix<T> scratch, F product) {
-  if constexpr (std::is_same_v<S, T>) {
-    const bool one_matrix = image.heads == 1 || image.head_stride == image.channels * image.channel_stride;
-    if (image.pixel_stride == 1 && one_matrix) return product(image.first_head(n));
-  }
+  if constexpr (std::is_same_v<S, T>)
+    if (is_tile<T>(image)) return product(image.first_head(n));
   product(scratch);
   image.each_head(n, [&](int64_t row, Matrix<S> target) {
     copy_tile<T, S>(scratch.from(row, 0), target, image.channels, count);

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "masked_token_tiles.h"
+#include "result_memory.h"
 
 namespace restore_kernels {
 inline namespace CPU_CAPABILITY {
@@ -375,7 +376,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_token(const Tensor& q, const
     const Problem<T> p(q, k, v, mask, temperature, normalize);
     const auto wide = q.options().dtype(c10::CppTypeToScalarType<T>::value);
     const std::vector<int64_t> shape{p.batch, p.heads, p.queries, p.width}, rows(shape.begin(), shape.end() - 1);
-    Forward<scalar_t, T> pass{p, q, k, v, at::empty(shape, v.options()), at::empty(rows, wide),
+    Forward<scalar_t, T> pass{p, q, k, v, empty_result(shape, v.options()), at::empty(rows, wide),
                               std::is_same_v<scalar_t, T> ? at::empty({0}, wide) : at::empty(shape, wide)};
     if (p.by_keys) pass.keys_in_chunks();
     else pass.queries_in_chunks();
@@ -390,7 +391,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention_token_backwa
     using T = Accumulate<scalar_t>;
     const Problem<T> p(q, k, v, mask, temperature, normalize);
     const Tensor packed_out = out.contiguous(), statistics = log_sum_exp.contiguous();
-    const auto empty_like = [](const Tensor& x) { return at::empty(x.sizes(), x.options()); };
+    const auto empty_like = [](const Tensor& x) { return empty_result(x.sizes(), x.options()); };
     Backward<scalar_t, T> pass{
         p, grad_out, q, k, v, packed_out, statistics, empty_like(q), empty_like(k), empty_like(v),
         at::empty(mask ? mask->sizes() : at::IntArrayRef{0}, statistics.options()),

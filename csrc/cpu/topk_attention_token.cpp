@@ -22,6 +22,7 @@
 #include <tuple>
 #include <vector>
 
+#include "result_memory.h"
 #include "tile_gemm.h"
 #include "tile_io.h"
 #include "topk_token_rows.h"
@@ -87,7 +88,7 @@ template <typename S, typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const TokenProblem<T>& p, const Tensor& q, const Tensor& k, const Tensor& v) {
   const auto options = q.options().dtype(c10::CppTypeToScalarType<T>::value);
   const std::vector<int64_t> statistics{p.batch, p.heads, p.queries, p.branches};
-  const Tensor out = at::empty({p.batch, p.heads, p.queries, p.width}, v.options());
+  const Tensor out = empty_result({p.batch, p.heads, p.queries, p.width}, v.options());
   const Tensor threshold = at::empty(statistics, options), log_sum_exp = at::empty(statistics, options);
   const Tensor last_tie = at::empty(statistics, options.dtype(at::kInt));
   at::parallel_for(0, p.batch * p.heads * p.chunks, 1, [&](int64_t begin, int64_t end) {
@@ -236,8 +237,8 @@ template <typename S, typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const TokenProblem<T>& p, const Tensor& grad_out, const Tensor& q,
                                                             const Tensor& k, const Tensor& v, const Tensor& threshold,
                                                             const Tensor& last_tie, const Tensor& log_sum_exp) {
-  const Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options()),
-               grad_v = at::empty(v.sizes(), v.options());
+  const Tensor grad_q = empty_result(q.sizes(), q.options()), grad_k = empty_result(k.sizes(), k.options()),
+               grad_v = empty_result(v.sizes(), v.options());
   const Tensor grad_temperature = at::empty({p.batch, p.heads}, threshold.options());
   const Tensor grad_weights = at::empty({p.batch, p.heads, p.branches}, threshold.options());
   const int64_t tasks = p.batch * p.heads * p.chunks;

@@ -1,0 +1,89 @@
+#include "result_memory.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/impl/alloc_cpu.h>
+#include <c10/util/typeid.h>
+
+#include <cstring>
+#include <deque>
+#include <mutex>
+
+namespace restore_kernels {
+namespace {
+
+constexpr size_t kSmallest = 256 << 10, kGranule = 64 << 10, kKept = 128 << 20;  // bytes
+
+struct Block {
+  void* data;
+  size_t size;
+};
+
+// Free blocks, oldest first.
+class ResultAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    const size_t size = (bytes + kGranule - 1) / kGranule * kGranule;
+    auto* block = new Block(take(size));
+    c10::reportMemoryUsageToProfiler(block->data, static_cast<int64_t>(block->size), 0, 0, c10::kCPU);
+    return {block->data, block, &release, c10::kCPU};
+  }
+  void copy_data(void* target, const void* source, size_t bytes) const override { std::memcpy(target, source, bytes); }
+
+  static ResultAllocator& instance() {
+    static auto* allocator = new ResultAllocator;  // outlives every tensor
+    return *allocator;
+  }
+
+ private:
+  // The smallest free block that wastes at most a quarter, or a new one.
+  Block take(size_t size) {
+    {
+      std::lock_guard lock(mutex_);
+      auto best = free_.end();
+      for (auto it = free_.begin(); it != free_.end(); ++it)
+        if (it->size >= size && it->size <= size + size / 4 && (best == free_.end() || it->size < best->size)) best = it;
+      if (best != free_.end()) {
+        const Block block = *best;
+        free_.erase(best);
+        kept_ -= block.size;
+        return block;
+      }
+    }
+    return {c10::alloc_cpu(size), size};
+  }
+
+  void keep(const Block& block) {
+    std::lock_guard lock(mutex_);
+    free_.push_back(block);
+    kept_ += block.size;
+    while (kept_ > kKept) {
+      c10::free_cpu(free_.front().data);
+      kept_ -= free_.front().size;
+      free_.pop_front();
+    }
+  }
+
+  static void release(void* context) {
+    auto* block = static_cast<Block*>(context);
+    c10::reportMemoryUsageToProfiler(block->data, -static_cast<int64_t>(block->size), 0, 0, c10::kCPU);
+    instance().keep(*block);
+    delete block;
+  }
+
+  std::mutex mutex_;
+  std::deque<Block> free_;
+  size_t kept_ = 0;
+};
+
+}  // namespace
+
+at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
+  if (bytes < kSmallest) return at::empty(sizes, options);
+  return at::detail::empty_generic(sizes, &ResultAllocator::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                   c10::typeMetaToScalarType(options.dtype()), std::nullopt);
+}
+
+}  // namespace restore_kernels
