@@ -102,7 +102,6 @@ def masked_attention_token_backward(
     query_tiles_per_split, query_splits = _split(queries, block_queries, key_tiles, q)
     dtype, mode = computed_operand(q.dtype, depth)
     constants = tiles.constants | {"MASKED": mask is not None, "BLOCK_E": block(width, UNBOUNDED)}
-    constants |= NO_SPILLS
     gradient = {"GRADIENT": triton_dtype(dtype), "GRADIENT_PRECISION": mode}
     bias = None if mask is None else mask.log()
     inputs = (grad_out, q, k, v, bias, temperature, log_sum_exp)
