@@ -1,5 +1,7 @@
 """The operator cases under pytest-benchmark: ``pytest benchmarks --benchmark-compare`` and so on."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -15,10 +17,10 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 def test_forward_and_backward(benchmark, case, backend):
     x = case.inputs(DTYPE, DEVICE)
     if backend == "eager":
-        forward = lambda: case.published(x)  # noqa: E731
+        forward = case.published
     elif backend in runnable_backends(case, DEVICE, DTYPE):
         assert wrong(case, backend, DEVICE, DTYPE) is None
-        forward = lambda: case.ours(x, backend)  # noqa: E731
+        forward = partial(case.ours, backend=backend)
     else:
         pytest.skip(f"backend {backend} does not run on this {DEVICE}")
 

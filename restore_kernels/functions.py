@@ -21,7 +21,7 @@ class OperatorFunction(torch.autograd.Function):
         """As ``torch.autograd.Function.apply``, which binds defaults by inspection: 0.1 ms per call."""
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 class BackwardFunction(OperatorFunction):

@@ -10,11 +10,10 @@ from functools import wraps
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import restore_kernels
-from restore_kernels.profiling.baselines import published_topk_attention
+from restore_kernels.profiling.baselines import published_masked_attention, published_topk_attention
 from restore_kernels.profiling.measure import Timing, interleave
 
 # Of two ways to compute attention in float32, relative to the largest entry of the result.
@@ -209,24 +208,3 @@ class _Problem:
         return published_masked_attention(
             q, k, v, self.mask, self.temperature, self.call.normalize, self.call.layout, self.out_proj
         )
-
-
-def published_masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, temperature: Tensor, normalize: bool, layout: str,
-    out_proj: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Gate or weigh by the mask, normalise, multiply, softmax, multiply: one statement per step.
-
-    Arguments are those of ``restore_kernels.masked_attention``; the mask of the token layout is positive.
-    """
-    if mask is not None and layout == "channel":
-        k, v = k * mask, v * mask
-    if normalize:
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    scores = (q @ k.transpose(-2, -1)) * temperature
-    if mask is not None and layout == "token":
-        scores = scores + mask.log().unsqueeze(-2)
-    out = scores.softmax(dim=-1) @ v
-    if out_proj is not None:
-        out = F.conv1d(out.flatten(1, 2), out_proj[..., None])
-    return out

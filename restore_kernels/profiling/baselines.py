@@ -40,3 +40,24 @@ def published_topk_attention(
     if out_proj is not None:
         out = F.conv1d(out.flatten(1, 2), out_proj[..., None])
     return out
+
+
+def published_masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, temperature: Tensor, normalize: bool = True,
+    layout: str = "channel", out_proj: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Gate or weigh by the mask, normalise, multiply, softmax, multiply: one statement per step.
+
+    Arguments are those of ``restore_kernels.masked_attention``; the mask of the token layout is positive.
+    """
+    if mask is not None and layout == "channel":
+        k, v = k * mask, v * mask
+    if normalize:
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    scores = (q @ k.transpose(-2, -1)) * temperature
+    if mask is not None and layout == "token":
+        scores = scores + mask.log().unsqueeze(-2)
+    out = scores.softmax(dim=-1) @ v
+    if out_proj is not None:
+        out = F.conv1d(out.flatten(1, 2), out_proj[..., None])
+    return out

@@ -13,19 +13,17 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from restore_kernels.backends import explain
 from restore_kernels.info import info
-from restore_kernels.profiling.baselines import published_topk_attention
-from restore_kernels.profiling.cases import CPU_CASES, GPU_CASES, TopKCase
+from restore_kernels.profiling.cases import CPU_CASES, GPU_CASES, Case
 from restore_kernels.profiling.machine import ceilings, peak_extra_memory, processor_name
 from restore_kernels.profiling.measure import interleave
-from restore_kernels.topk_attention import topk_attention
 
 CASES = {"cpu": CPU_CASES, "cuda": GPU_CASES}
 BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
@@ -36,57 +34,49 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ERROR_RATIO, ERROR_FLOOR = 4.0, 8.0
 
 
-def runnable_backends(case: TopKCase, device: str, dtype: torch.dtype) -> list[str]:
-    x = case.inputs(dtype, device)
-    why_not = explain(topk_attention, x.q, x.k, x.v, case.topk, layout=case.layout).why_not
+def runnable_backends(case: Case, device: str, dtype: torch.dtype) -> list[str]:
+    why_not = case.why_not(case.inputs(dtype, device))
     return [name for name in BACKENDS[device] if why_not[name] is None]
 
 
-def relative_errors(results: list[Tensor], truth: list[Tensor]) -> list[float]:
-    return [
-        float((r.detach().double() - t.detach()).norm() / t.detach().norm().clamp(min=1e-30))
-        for r, t in zip(results, truth, strict=True)
-    ]
+def relative_errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    return {
+        name: float((x.detach().double() - t.detach()).norm() / t.detach().norm().clamp(min=1e-30))
+        for (name, x), t in zip(results.items(), truth.values(), strict=True)
+    }
 
 
-def wrong(case: TopKCase, backend: str, device: str, dtype: torch.dtype) -> str | None:
+def wrong(case: Case, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why the backend's output or a gradient is not right, or None."""
     x = case.inputs(dtype, device, seed=1)
-    leaves = [leaf.detach().double().requires_grad_() for leaf in x.leaves]
-    exact = dataclasses.replace(
-        x, q=leaves[0], k=leaves[1], v=leaves[2], weights=leaves[3], temperature=leaves[4],
-        grad_out=x.grad_out.double(),
-    )  # fmt: skip
-    truth = exact.gradients(lambda: case.ours(exact, "eager"))
-    eager = relative_errors(x.gradients(lambda: case.ours(x, "eager")), truth)
-    ours = relative_errors(x.gradients(lambda: case.ours(x, backend)), truth)
+    truth = x.double().results(lambda exact: case.ours(exact, "eager"))
+    eager = relative_errors(x.results(lambda x: case.ours(x, "eager")), truth)
+    ours = relative_errors(x.results(lambda x: case.ours(x, backend)), truth)
     floor = ERROR_FLOOR * torch.finfo(dtype).eps
-    names = ("out", "grad q", "grad k", "grad v", "grad weights", "grad temperature")
-    for name, error, allowed in zip(names, ours, eager, strict=True):
-        if not error <= max(ERROR_RATIO * allowed, floor):
-            return f"{name}: relative error {error:.1e}, eager's own is {allowed:.1e}"
+    for name, error in ours.items():
+        if not error <= max(ERROR_RATIO * eager[name], floor):
+            return f"{name}: relative error {error:.1e}, eager's own is {eager[name]:.1e}"
     return None
 
 
-def measure(
-    case: TopKCase, device: str, dtype: torch.dtype, seconds: float, compiled: bool
-) -> dict[str, Any]:
+def measure(case: Case, device: str, dtype: torch.dtype, seconds: float, compiled: bool) -> dict[str, Any]:
     """One row of the results: every alternative's time, and what it means against the ceilings."""
     x = case.inputs(dtype, device)
     row: dict[str, Any] = {
         "case": case.name, "dtype": str(dtype).removeprefix("torch."), "pass": "forward and backward",
-        "flops": case.flops, "bytes": case.elements * x.q.element_size(), "alternatives": {}, "wrong": {},
+        "flops": case.flops, "bytes": case.elements * x.grad_out.element_size(),
+        "alternatives": {}, "wrong": {},
     }  # fmt: skip
-    calls = {"eager": lambda: x.training_step(lambda: case.published(x))}
+    calls = {"eager": lambda: x.training_step(case.published)}
     if compiled:
-        function = torch.compile(published_topk_attention)
-        calls["torch.compile"] = lambda: x.training_step(lambda: case.published(x, function))
+        function = torch.compile(case.published_function)
+        calls["torch.compile"] = lambda: x.training_step(lambda x: case.published(x, function))
     for backend in runnable_backends(case, device, dtype):
         reason = wrong(case, backend, device, dtype)
         if reason is not None:  # no speed for a wrong result
             row["wrong"][backend] = reason
             continue
-        calls[backend] = lambda backend=backend: x.training_step(lambda: case.ours(x, backend))
+        calls[backend] = lambda backend=backend: x.training_step(lambda x: case.ours(x, backend))
     for name, timing in interleave(calls, seconds=seconds, device=device).items():
         row["alternatives"][name] = dataclasses.asdict(timing)
     for name, call in calls.items():
@@ -108,18 +98,11 @@ def cpu_memory(index: int, backend: str) -> int | None:
 def first_step_memory(index: int, backend: str) -> int | None:
     torch.set_num_threads(2)
     case = CPU_CASES[index]
-    small = dataclasses.replace(
-        case, shape=(*case.shape[:3], 64) if case.layout == "channel" else (1, 1, 128, 8)
-    )
     steps = []
-    for each in (small, case):  # the small one loads libraries and starts threads
+    for each in (case.small, case):  # the small one loads libraries and starts threads
         x = each.inputs(torch.float32, "cpu")
-        forward = (
-            (lambda each=each, x=x: each.published(x))
-            if backend == "eager"
-            else (lambda each=each, x=x: each.ours(x, backend))
-        )
-        steps.append(lambda x=x, forward=forward: x.training_step(forward))
+        forward = each.published if backend == "eager" else partial(each.ours, backend=backend)
+        steps.append(partial(x.training_step, forward))
     steps[0]()
     return peak_extra_memory(steps[1], "cpu")
 
