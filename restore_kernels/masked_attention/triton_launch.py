@@ -16,6 +16,7 @@ from restore_kernels.masked_attention import triton_token_backward_kernels as ba
 from restore_kernels.masked_attention import triton_token_kernels as token_kernels
 from restore_kernels.triton_common.channel_launch import channel_backward, channel_forward
 from restore_kernels.triton_common.launching import (
+    NO_SPILLS,
     SHORT,
     UNBOUNDED,
     block,
@@ -25,7 +26,7 @@ from restore_kernels.triton_common.launching import (
     split,
     triton_dtype,
 )
-from restore_kernels.triton_common.token_launch import NO_SPILLS, TokenTiles, takes_64_rows
+from restore_kernels.triton_common.token_launch import TokenTiles, takes_64_rows
 
 
 def _one_branch(q: Tensor) -> tuple[Tensor, tuple[int, ...]]:

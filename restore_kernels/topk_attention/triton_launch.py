@@ -17,6 +17,7 @@ from restore_kernels.topk_attention import triton_token_kernels as token_kernels
 from restore_kernels.topk_attention.triton_token_selection import token_select_kernel
 from restore_kernels.triton_common.channel_launch import channel_backward, channel_forward
 from restore_kernels.triton_common.launching import (
+    NO_SPILLS,
     UNBOUNDED,
     block,
     computed_operand,
@@ -24,7 +25,7 @@ from restore_kernels.triton_common.launching import (
     on_device,
     triton_dtype,
 )
-from restore_kernels.triton_common.token_launch import NO_SPILLS, TokenTiles
+from restore_kernels.triton_common.token_launch import TokenTiles
 
 
 def topk_attention_channel(

@@ -17,6 +17,7 @@ from restore_kernels.tensors import empty_like_rows
 from restore_kernels.triton_common import channel_matrix_kernels as matrix_kernels
 from restore_kernels.triton_common import channel_pixel_kernels as pixel_kernels
 from restore_kernels.triton_common.launching import (
+    NO_SPILLS,
     UNBOUNDED,
     block,
     computed_operand,
@@ -94,6 +95,7 @@ def _matrix_product(a: Tensor, b: Tensor, out: Tensor, terms: int = 1) -> None:
     launch(
         matrix_kernels.matrix_product_kernel, programs, a, b, out, a.stride(), b.stride(), out.stride(),
         heads, terms, rows, columns, inner, PRECISION="tf32x3", BLOCK_R=block_r, BLOCK_K=32, num_warps=2,
+        **NO_SPILLS,
     )  # fmt: skip
 
 

@@ -11,9 +11,6 @@ from torch import Tensor
 
 from restore_kernels.triton_common.launching import SHORT, UNBOUNDED, block, capability, precision
 
-# Left alone, the assembler spills a few bytes where that makes room for one more block.
-NO_SPILLS = {"maxnreg": 255}
-
 
 def takes_64_rows(x: Tensor) -> bool:
     """Whether the matrix instructions of x's GPU do: Hopper's and data-center Blackwell's."""
