@@ -16,6 +16,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -54,15 +55,15 @@ struct Running {
   }
 
   // Multiplies what was summed under another maximum.
-  void rescale(const Problem<T>& p, const T* factor) {
-    for (int64_t row = -1; row < p.width; ++row)
-      at::vec::map2([](Vec<T> x, Vec<T> a) { return x * a; }, out + row * kQueries, out + row * kQueries, factor, kQueries);
+  void rescale(const Problem<T>& p, const T* factor, int64_t lanes = kQueries) {
+    for (T* row = sum; row < out + p.width * kQueries; row += kQueries)
+      at::vec::map2([](Vec<T> x, Vec<T> a) { return x * a; }, row, row, factor, lanes);
   }
 
-  void add(const Problem<T>& p, const QueryBlock<T>& block, const KeyTile<T>& tile, T* logits) {
-    make_logits(p, block, tile, logits);
-    T factor[kQueries];
-    for (int64_t n = 0; n < block.count; n += Vec<T>::size()) {
+  void add(const Problem<T>& p, T scale, const QueryBlock<T>& block, const KeyTile<T>& tile, T* logits) {
+    make_logits(p, scale, block, tile, logits);
+    T factor[kQueries] = {};
+    for (int64_t n = 0; n < block.lanes; n += Vec<T>::size()) {
       const Vec<T> before = Vec<T>::loadu(largest + n);
       Vec<T> now = before, total(T(0));
       for (int64_t m = 0; m < tile.count; ++m) now = at::vec::maximum(now, Vec<T>::loadu(logits + m * kQueries + n));
@@ -76,11 +77,10 @@ struct Running {
       (before - now).exp().store(factor + n);
       total.store(logits + kKeys * kQueries + n);  // kept until the old sum is rescaled
     }
-    std::fill(factor + parts(block.count, Vec<T>::size()) * Vec<T>::size(), factor + kQueries, T(1));
-    rescale(p, factor);
-    add_scaled(T(1), logits + kKeys * kQueries, sum, block.count);
+    rescale(p, factor, block.lanes);
+    add_scaled(T(1), logits + kKeys * kQueries, sum, block.lanes);
     multiply_add<T>(Matrix<const T>(tile.value_rows(p)).transposed(), {logits, kQueries}, {out, kQueries}, p.width,
-                    block.count, tile.count);
+                    block.lanes, tile.count);
   }
 
   // Takes over another share of the same block.
@@ -133,7 +133,7 @@ struct Forward {
           block.template load<S>(p, q, bh, n);
           state.start(p);
           for (const auto& tile : tiles)
-            if (!tile.masked_out) state.add(p, block, tile, logits.get());
+            if (!tile.masked_out) state.add(p, p.scale(bh), block, tile, logits.get());
           finish(state, bh, n, block.count);
         }
       });
@@ -157,7 +157,8 @@ struct Forward {
         for (int64_t m = first; m < stop; m += kKeys) {
           tile.template load<S>(p, k, v, bh, m);
           if (tile.masked_out) continue;
-          for (int64_t i = 0; i < blocks; ++i) shares[task * blocks + i].add(p, queries[i], tile, logits.get());
+          for (int64_t i = 0; i < blocks; ++i) 
+            shares[task * blocks + i].add(p, p.scale(bh), queries[i], tile, logits.get());
         }
       });
     });
@@ -177,24 +178,32 @@ struct Forward {
 // A block of queries with all that backward needs of it, and the gradient of q̂ (transposed, D x R).
 template <typename T>
 struct BackwardBlock : QueryBlock<T> {
-  Scratch<T> grad_rows, grad_columns, delta, log_sum_exp, grad_query;  // do (R x E), transposed; do·out
+  Scratch<T> rows, grad_rows, grad_columns;     // t q̂ (R x D); do (R x E) and transposed
+  Scratch<T> delta, log_sum_exp, grad_query;    // do·out
 
   explicit BackwardBlock(const Problem<T>& p)
-      : QueryBlock<T>(p), grad_rows(kQueries * p.width), grad_columns(kQueries * p.width), delta(kQueries),
-        log_sum_exp(kQueries), grad_query(kQueries * p.depth) {}
+      : QueryBlock<T>(p), rows(kQueries * p.depth), grad_rows(kQueries * p.width), grad_columns(kQueries * p.width),
+        delta(kQueries), log_sum_exp(kQueries), grad_query(kQueries * p.depth) {}
 
   template <typename S>
   void load(const Problem<T>& p, const Tensor& q, const Tensor& grad_out, const Tensor& out, const Tensor& statistics,
             int64_t bh, int64_t n) {
     QueryBlock<T>::template load<S>(p, q, bh, n);
-    const int64_t b = bh / p.heads, h = bh % p.heads;
-    const Matrix<T> grad{grad_rows.get(), p.width};
-    copy_tile<S, T>(head<const S>(grad_out, b, h).from(n, 0), grad, this->count, p.width);
-    copy_tile<T, T>(Matrix<const T>(grad).transposed(), {grad_columns.get(), kQueries}, p.width, this->count);
+    const int64_t b = bh / p.heads, h = bh % p.heads, count = this->count;
+    copy_tile<T, T>(Matrix<const T>(this->query_columns()).transposed(), {rows.get(), p.depth}, count, p.depth);
+    multiply_by<T>(p.scale(bh), rows.get(), count * p.depth);
+    const auto grad = head<const S>(grad_out, b, h).from(n, 0);
+    copy_tile<S, T>(grad, {grad_rows.get(), p.width}, count, p.width);
+    if (count < this->lanes) std::fill_n(grad_columns.get(), kQueries * p.width, T(0));
+    copy_tile<S, T>(grad.transposed(), {grad_columns.get(), kQueries}, p.width, count);
     const T* out_rows = out.const_data_ptr<T>() + (bh * p.queries + n) * p.width;
-    for (int64_t i = 0; i < this->count; ++i)
+    std::fill_n(delta.get(), kQueries, T(0));
+    for (int64_t i = 0; i < count; ++i)
       delta.get()[i] = dot<T>(grad_rows.get() + i * p.width, out_rows + i * p.width, p.width);
-    std::copy_n(statistics.const_data_ptr<T>() + bh * p.queries + n, this->count, log_sum_exp.get());
+    prefetch_rows<S>(grad_out, b, h, n + kQueries, kQueries);
+    prefetch_rows<T>(out, b, h, n + kQueries, kQueries);
+    std::fill_n(log_sum_exp.get(), kQueries, std::numeric_limits<T>::infinity());  // lanes beyond: weight 0
+    std::copy_n(statistics.const_data_ptr<T>() + bh * p.queries + n, count, log_sum_exp.get());
     std::fill_n(grad_query.get(), kQueries * p.depth, T(0));
   }
 };
@@ -215,27 +224,26 @@ struct KeyGradients {
 };
 
 template <typename T>
-void backward_step(const Problem<T>& p, const BackwardBlock<T>& block, const KeyTile<T>& tile,
+void backward_step(const Problem<T>& p, T scale, const BackwardBlock<T>& block, const KeyTile<T>& tile,
                    const KeyGradients<T>& grads, T* probabilities, T* grad_logits) {
   const Matrix<T> probability{probabilities, kQueries}, grad{grad_logits, kQueries};  // T x R
-  make_logits(p, block, tile, probabilities);
-  multiply<T>(tile.value_rows(p), {block.grad_columns.get(), kQueries}, grad, tile.count, block.count, p.width);
+  make_logits(p, scale, block, tile, probabilities);
+  multiply<T>(tile.value_rows(p), {block.grad_columns.get(), kQueries}, grad, tile.count, block.lanes, p.width);
   for (int64_t m = 0; m < tile.count; ++m) {
     Vec<T> total(T(0));
-    for (int64_t n = 0; n < block.count; n += Vec<T>::size()) {
-      const int64_t left = std::min<int64_t>(Vec<T>::size(), block.count - n);
+    for (int64_t n = 0; n < block.lanes; n += Vec<T>::size()) {
       T *row = probabilities + m * kQueries + n, *grad_row = grad_logits + m * kQueries + n;
-      const Vec<T> weight = (Vec<T>::loadu(row, left) - Vec<T>::loadu(block.log_sum_exp.get() + n, left)).exp();
-      const Vec<T> change = weight * (Vec<T>::loadu(grad_row, left) - Vec<T>::loadu(block.delta.get() + n, left));
-      weight.store(row, left), change.store(grad_row, left);
-      total = total + Vec<T>::set(Vec<T>(T(0)), change, left);
+      const Vec<T> weight = (Vec<T>::loadu(row) - Vec<T>::loadu(block.log_sum_exp.get() + n)).exp();
+      const Vec<T> change = weight * (Vec<T>::loadu(grad_row) - Vec<T>::loadu(block.delta.get() + n));
+      weight.store(row), change.store(grad_row);
+      total = total + change;
     }
     grads.biases[m] += at::vec::vec_reduce_all<T>([](Vec<T> a, Vec<T> b) { return a + b; }, total);
   }
   multiply_add<T>(probability, {block.grad_rows.get(), p.width}, {grads.values, p.width}, tile.count, p.width, block.count);
   multiply_add<T>(grad, {block.rows.get(), p.depth}, {grads.keys, p.depth}, tile.count, p.depth, block.count);
   multiply_add<T>(Matrix<const T>(tile.key_rows(p)).transposed(), grad, {block.grad_query.get(), kQueries}, p.depth,
-                  block.count, tile.count);
+                  block.lanes, tile.count);
 }
 
 template <typename S, typename T>
@@ -244,24 +252,26 @@ struct Backward {
   const Tensor &grad_out, &q, &k, &v, &out, &log_sum_exp;
   Tensor grad_q, grad_k, grad_v, grad_mask, grad_temperature;
 
-  // From dS k̂ to the gradient of q; S = t A, so dt = sum dS A = sum q̂ · (dS k̂). In float64: terms cancel.
+  // From dS k̂ (D x R) to the gradient of q; S = t A, so dt = sum dS A = sum q̂ · (dS k̂), in float64: terms
+  // cancel.
   double finish_queries(int64_t bh, const QueryBlock<T>& block, T* grad_query) {
-    const T t = p.scale(bh);
-    Scratch<T> grad(kQueries * p.depth), unit(p.depth);
-    copy_tile<T, T>(Matrix<const T>{grad_query, kQueries}.transposed(), {grad.get(), p.depth}, block.count, p.depth);
-    double temperature = 0;
-    const auto q_rows = head<const S>(q, bh / p.heads, bh % p.heads).from(block.first, 0);
-    for (int64_t n = 0; n < block.count; ++n) {
-      T* row = grad.get() + n * p.depth;
-      copy_tile<S, T>(q_rows.from(n, 0), {unit.get(), p.depth}, 1, p.depth);
-      at::vec::map([s = block.norms.get()[n]](Vec<T> x) { return x / Vec<T>(s); }, unit.get(), unit.get(), p.depth);
-      temperature += dot<T>(unit.get(), row, p.depth);
-      multiply_by<T>(t, row, p.depth);
-      backward_norm<T>(row, unit.get(), block.norms.get()[n], p.depth, p.normalize);
+    const T* unit = block.columns.get();
+    const Vec<T> t(p.scale(bh));
+    T along[kQueries];
+    for (int64_t n = 0; n < block.lanes; n += Vec<T>::size()) {
+      Vec<T> sum(T(0));
+      for (int64_t i = n; i < kQueries * p.depth; i += kQueries)
+        sum = at::vec::fmadd(Vec<T>::loadu(grad_query + i), Vec<T>::loadu(unit + i), sum);
+      sum.store(along + n);
+      const Vec<T> norm = Vec<T>::loadu(block.norms.get() + n);
+      // A clamped norm is a constant, and so is the norm where nothing is normalised.
+      const Vec<T> radial = p.normalize ? sum & (norm > Vec<T>(T(kNormFloor))) : Vec<T>(T(0));
+      for (int64_t i = n; i < kQueries * p.depth; i += kQueries)
+        (t * (Vec<T>::loadu(grad_query + i) - radial * Vec<T>::loadu(unit + i)) / norm).store(grad_query + i);
     }
-    copy_tile<T, S>({grad.get(), p.depth}, head<S>(grad_q, bh / p.heads, bh % p.heads).from(block.first, 0), block.count,
-                    p.depth);
-    return temperature;
+    copy_tile<T, S>(Matrix<const T>{grad_query, kQueries}.transposed(),
+                    head<S>(grad_q, bh / p.heads, bh % p.heads).from(block.first, 0), block.count, p.depth);
+    return std::accumulate(along, along + block.count, 0.0);
   }
 
   void finish_keys(int64_t bh, const KeyTile<T>& tile, const KeyGradients<T>& grads) {
@@ -294,7 +304,7 @@ struct Backward {
           block.template load<S>(p, q, grad_out, out, log_sum_exp, bh, n);
           for (const auto& tile : tiles)
             if (!tile.masked_out)
-              backward_step(p, block, tile, grads.from(p, tile.first), probabilities.get(), grad_logits.get());
+              backward_step(p, p.scale(bh), block, tile, grads.from(p, tile.first), probabilities.get(), grad_logits.get());
           temperature[task] += finish_queries(bh, block, block.grad_query.get());
         }
       });
@@ -334,7 +344,7 @@ struct Backward {
           tile.template load<S>(p, k, v, bh, m);
           std::fill_n(memory.get(), KeyGradients<T>::size(p, kKeys), T(0));
           for (int64_t i = 0; i < blocks && !tile.masked_out; ++i)
-            backward_step(p, queries[i], tile, grads, probabilities.get(), grad_logits.get());
+            backward_step(p, p.scale(bh), queries[i], tile, grads, probabilities.get(), grad_logits.get());
           finish_keys(bh, tile, grads);
         }
         for (int64_t i = 0; i < blocks; ++i)

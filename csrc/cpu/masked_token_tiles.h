@@ -20,7 +20,7 @@ namespace masked {
 
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kQueries = 48, kKeys = 128;  // of a block and of a tile: their scores stay in L1
+constexpr int64_t kQueries = 48, kKeys = 128;  // of a block and of a tile: their scores stay in cache
 
 inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -64,24 +64,50 @@ struct Problem {
   }
 };
 
+// Asks for rows that will be read next; no harm if they are not there.
+template <typename S>
+void prefetch_rows(const Tensor& x, int64_t b, int64_t h, int64_t first, int64_t count) {
+  const int64_t left = std::min(count, x.size(2) - first);
+  if (left > 0) Prefetch<const S>(head<const S>(x, b, h).from(first, 0), left, x.size(3), 1)();
+}
+
+// Queries transposed: what is done to each of them is done to a vector of them at once.
 template <typename T>
 struct QueryBlock {
-  Scratch<T> rows, columns, norms;  // t q̂ (R x D) and transposed (D x R)
-  int64_t first = 0, count = 0;
+  Scratch<T> columns, norms;  // q̂ (D x R, rows kQueries apart), |q|
+  int64_t first = 0, count = 0, lanes = 0;  // lanes: count rounded up to whole vectors
 
-  explicit QueryBlock(const Problem<T>& p) : rows(kQueries * p.depth), columns(kQueries * p.depth), norms(kQueries) {}
+  explicit QueryBlock(const Problem<T>& p) : columns(kQueries * p.depth), norms(kQueries) {}
 
   template <typename S>
   void load(const Problem<T>& p, const Tensor& q, int64_t bh, int64_t n) {
     first = n, count = std::min(kQueries, p.queries - n);
-    const Matrix<T> unit{rows.get(), p.depth};
-    copy_tile<S, T>(head<const S>(q, bh / p.heads, bh % p.heads).from(n, 0), unit, count, p.depth);
-    normalize_rows<T>(unit, norms.get(), count, p.depth, p.normalize);
-    multiply_by<T>(p.scale(bh), rows.get(), count * p.depth);
-    copy_tile<T, T>(Matrix<const T>(unit).transposed(), query_columns(), p.depth, count);
+    lanes = parts(count, Vec<T>::size()) * Vec<T>::size();
+    const int64_t b = bh / p.heads, h = bh % p.heads;
+    if (count < lanes) std::fill_n(columns.get(), kQueries * p.depth, T(0));  // every lane is defined
+    copy_tile<S, T>(head<const S>(q, b, h).from(n, 0), query_columns().transposed(), count, p.depth);
+    prefetch_rows<S>(q, b, h, n + kQueries, kQueries);
+    std::fill_n(norms.get(), kQueries, T(1));
+    if (p.normalize) normalize(p.depth);
   }
 
   Matrix<T> query_columns() const { return {columns.get(), kQueries}; }
+
+ private:
+  void normalize(int64_t depth) {
+    for (int64_t n = 0; n < lanes; n += Vec<T>::size()) {
+      Vec<T> even(T(0)), odd(T(0));
+      auto at = [&](int64_t d) { return Vec<T>::loadu(columns.get() + d * kQueries + n); };
+      for (int64_t d = 0; d + 1 < depth; d += 2) {
+        even = at::vec::fmadd(at(d), at(d), even);
+        odd = at::vec::fmadd(at(d + 1), at(d + 1), odd);
+      }
+      if (depth % 2) even = at::vec::fmadd(at(depth - 1), at(depth - 1), even);
+      const Vec<T> norm = at::vec::maximum((even + odd).sqrt(), Vec<T>(T(kNormFloor)));
+      norm.store(norms.get() + n);
+      for (int64_t d = 0; d < depth; ++d) (at(d) / norm).store(columns.get() + d * kQueries + n);
+    }
+  }
 };
 
 template <typename T>
@@ -100,38 +126,44 @@ struct KeyTile {
     load_mask(p, b, h);
     if (masked_out) return;
     copy_tile<S, T>(head<const S>(k, b, h).from(m, 0), key_rows(p), count, p.depth);
-    normalize_rows<T>(key_rows(p), norms.get(), count, p.depth, p.normalize);
     copy_tile<S, T>(head<const S>(v, b, h).from(m, 0), value_rows(p), count, p.width);
+    prefetch_rows<S>(k, b, h, m + kKeys, kKeys);
+    prefetch_rows<S>(v, b, h, m + kKeys, kKeys);
+    normalize_rows<T>(key_rows(p), norms.get(), count, p.depth, p.normalize);
   }
 
   Matrix<T> key_rows(const Problem<T>& p) const { return {units.get(), p.depth}; }
   Matrix<T> value_rows(const Problem<T>& p) const { return {values.get(), p.width}; }
 
  private:
+  // Without a mask the factors are 1. What is not positive is left out: factor 0, logarithm -inf.
   void load_mask(const Problem<T>& p, int64_t b, int64_t h) {
-    masked_out = p.mask.has_value();
+    std::fill_n(factors.get(), count, T(1));
+    masked_out = false;
+    if (!p.mask) return;
+    const Tensor& mask = *p.mask;
+    const T* source = mask.const_data_ptr<T>() + b * mask.stride(0) + h * mask.stride(1) + first * mask.stride(2);
+    bool any = false;
     for (int64_t i = 0; i < count; ++i) {
-      T factor = 1;
-      if (p.mask) {
-        const Tensor& mask = *p.mask;
-        factor = mask.const_data_ptr<T>()[b * mask.stride(0) + h * mask.stride(1) + (first + i) * mask.stride(2)];
-      }
-      const bool kept = !(factor <= 0);
-      factors.get()[i] = kept ? factor : T(0);
-      log_factors.get()[i] = kept ? std::log(factor) : -std::numeric_limits<T>::infinity();
-      masked_out = masked_out && !kept;
+      const T factor = source[i * mask.stride(2)];
+      factors.get()[i] = factor <= 0 ? T(0) : factor;
+      any = any || !(factor <= 0);
     }
+    masked_out = !any;
+    at::vec::map([](Vec<T> x) { return x.log(); }, log_factors.get(), factors.get(), count);
   }
 };
 
-// logits (T x R, rows kQueries apart) = k̂ (t q̂)ᵀ + log mask
+// logits (T x R, rows kQueries apart) = t k̂ q̂ᵀ + log mask
 template <typename T>
-void make_logits(const Problem<T>& p, const QueryBlock<T>& block, const KeyTile<T>& tile, T* logits) {
-  multiply<T>(tile.key_rows(p), block.query_columns(), {logits, kQueries}, tile.count, block.count, p.depth);
-  if (!p.mask) return;
-  for (int64_t m = 0; m < tile.count; ++m)
-    at::vec::map([a = tile.log_factors.get()[m]](Vec<T> s) { return s + Vec<T>(a); }, logits + m * kQueries,
-                 logits + m * kQueries, block.count);
+void make_logits(const Problem<T>& p, T scale, const QueryBlock<T>& block, const KeyTile<T>& tile, T* logits) {
+  multiply<T>(tile.key_rows(p), block.query_columns(), {logits, kQueries}, tile.count, block.lanes, p.depth);
+  const Vec<T> t(scale);
+  for (int64_t m = 0; m < tile.count; ++m) {
+    const Vec<T> bias(p.mask ? tile.log_factors.get()[m] : T(0));
+    for (T* row = logits + m * kQueries; row < logits + m * kQueries + block.lanes; row += Vec<T>::size())
+      at::vec::fmadd(t, Vec<T>::loadu(row), bias).store(row);
+  }
 }
 
 }  // namespace masked
