@@ -44,6 +44,7 @@ template <typename T>
 struct Running {
   Scratch<T> memory;
   T *largest, *sum, *out;  // R, R, E x R
+  bool empty = true;       // nothing has been added
 
   explicit Running(const Problem<T>& p)
       : memory((2 + p.width) * kQueries), largest(memory.get()), sum(largest + kQueries), out(sum + kQueries) {}
@@ -52,6 +53,7 @@ struct Running {
   void start(const Problem<T>& p) {
     std::fill_n(largest, kQueries, -std::numeric_limits<T>::infinity());
     std::fill_n(sum, (1 + p.width) * kQueries, T(0));
+    empty = true;
   }
 
   // Multiplies what was summed under another maximum.
@@ -77,7 +79,8 @@ struct Running {
       (before - now).exp().store(factor + n);
       total.store(logits + kKeys * kQueries + n);  // kept until the old sum is rescaled
     }
-    rescale(p, factor, block.lanes);
+    if (!empty) rescale(p, factor, block.lanes);
+    empty = false;
     add_scaled(T(1), logits + kKeys * kQueries, sum, block.lanes);
     multiply_add<T>(Matrix<const T>(tile.value_rows(p)).transposed(), {logits, kQueries}, {out, kQueries}, p.width,
                     block.lanes, tile.count);
@@ -265,9 +268,10 @@ struct Backward {
       sum.store(along + n);
       const Vec<T> norm = Vec<T>::loadu(block.norms.get() + n);
       // A clamped norm is a constant, and so is the norm where nothing is normalised.
+      const Vec<T> factor = t / norm;
       const Vec<T> radial = p.normalize ? sum & (norm > Vec<T>(T(kNormFloor))) : Vec<T>(T(0));
       for (int64_t i = n; i < kQueries * p.depth; i += kQueries)
-        (t * (Vec<T>::loadu(grad_query + i) - radial * Vec<T>::loadu(unit + i)) / norm).store(grad_query + i);
+        (factor * (Vec<T>::loadu(grad_query + i) - radial * Vec<T>::loadu(unit + i))).store(grad_query + i);
     }
     copy_tile<T, S>(Matrix<const T>{grad_query, kQueries}.transposed(),
                     head<S>(grad_q, bh / p.heads, bh % p.heads).from(block.first, 0), block.count, p.depth);

@@ -105,7 +105,8 @@ struct QueryBlock {
       if (depth % 2) even = at::vec::fmadd(at(depth - 1), at(depth - 1), even);
       const Vec<T> norm = at::vec::maximum((even + odd).sqrt(), Vec<T>(T(kNormFloor)));
       norm.store(norms.get() + n);
-      for (int64_t d = 0; d < depth; ++d) (at(d) / norm).store(columns.get() + d * kQueries + n);
+      const Vec<T> inverse = norm.reciprocal();
+      for (int64_t d = 0; d < depth; ++d) (at(d) * inverse).store(columns.get() + d * kQueries + n);
     }
   }
 };

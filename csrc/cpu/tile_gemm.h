@@ -51,6 +51,8 @@ constexpr int kRows = 4, kVectors = 3;
 constexpr int64_t kStretch = 48;  // steps of the inner loop between two calls of `idle`
 constexpr int kRemainder = 2;  // row blocks of 2, then single rows, finish what kRows leaves
 
+static_assert(kVectors == 3, "multiply() finishes with one to three vectors");
+
 // `full`: the last vector of a row is whole; otherwise only its first `last` elements exist. It must be
 // known at compile time: where it is not, the compiler keeps the accumulators in memory.
 template <typename T, int rows, int vectors, bool full, typename Idle>
@@ -104,6 +106,14 @@ void row_blocks(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows,
     micro_kernel<T, 1, vectors, full>(a.from(i, 0), b, c.from(i, 0), depth, addend.from(i, 0), last, idle);
 }
 
+// The last columns, `vectors` of them, of the last vector `last` elements.
+template <typename T, int vectors, typename Idle>
+void rest(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t last, int64_t depth,
+          Addend<T> addend, Idle& idle) {
+  if (last == at::vec::Vectorized<T>::size()) row_blocks<T, vectors, true>(a, b, c, rows, depth, addend, last, idle);
+  else row_blocks<T, vectors, false>(a, b, c, rows, depth, addend, last, idle);
+}
+
 }  // namespace gemm
 
 template <typename T>
@@ -126,13 +136,10 @@ void multiply(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, i
   int64_t j = 0;
   for (; j + panel <= columns; j += panel)
     gemm::row_blocks<T, gemm::kVectors, true>(a, b.from(0, j), c.from(0, j), rows, depth, addend.from(0, j), width, idle);
-  for (; j < columns; j += width) {
-    const int64_t last = std::min(width, columns - j);
-    if (last == width)
-      gemm::row_blocks<T, 1, true>(a, b.from(0, j), c.from(0, j), rows, depth, addend.from(0, j), last, idle);
-    else
-      gemm::row_blocks<T, 1, false>(a, b.from(0, j), c.from(0, j), rows, depth, addend.from(0, j), last, idle);
-  }
+  const int64_t left = columns - j, whole = left > 0 ? (left - 1) / width : -1, last = left - whole * width;
+  if (whole == 2) gemm::rest<T, 3>(a, b.from(0, j), c.from(0, j), rows, last, depth, addend.from(0, j), idle);
+  else if (whole == 1) gemm::rest<T, 2>(a, b.from(0, j), c.from(0, j), rows, last, depth, addend.from(0, j), idle);
+  else if (whole == 0) gemm::rest<T, 1>(a, b.from(0, j), c.from(0, j), rows, last, depth, addend.from(0, j), idle);
 }
 
 // c += a b
