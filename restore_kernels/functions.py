@@ -7,10 +7,13 @@ where autograd does not watch: a view costs it more than the kernel that reads i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from restore_kernels import native
 
 
 class OperatorFunction(torch.autograd.Function):
@@ -22,6 +25,16 @@ class OperatorFunction(torch.autograd.Function):
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+def compiled_functions(backend: str) -> ModuleType | None:
+    """The library whose autograd nodes can stand for the Functions here: same results, less overhead.
+
+    Compilers and ``torch.func`` transforms see through Python's Functions only.
+    """
+    if backend != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    return native.cpu_library().module
 
 
 class BackwardFunction(OperatorFunction):

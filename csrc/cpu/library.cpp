@@ -1,13 +1,22 @@
 // The Python module of the CPU library. Importing it registers the operators (TORCH_LIBRARY_IMPL in
-// the other files); the module itself only says how it was built.
+// the other files); the module itself offers their autograd nodes and says how it was built.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <string>
+
+#include "autograd.h"
 
 #define TO_STRING_(x) #x
 #define TO_STRING(x) TO_STRING_(x)
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using WithoutGil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("channel_topk", restore_kernels::channel_topk, WithoutGil());
+  m.def("token_topk", restore_kernels::token_topk, WithoutGil());
+  m.def("channel_masked", restore_kernels::channel_masked, WithoutGil());
+  m.def("token_masked", restore_kernels::token_masked, WithoutGil());
   m.def("build_info", [] {
     return std::string(TO_STRING(CPU_CAPABILITY)) + ", " + __VERSION__ + ", " + RESTORE_KERNELS_FLAGS;
   });

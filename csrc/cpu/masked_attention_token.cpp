@@ -5,7 +5,7 @@
 //   forward   online softmax: maxima, sums and the output of the block (transposed, E x R) in float32;
 //             where keys are the longer side, the tasks' shares are then combined per query
 //   backward  P again from the saved log-sum-exp; dP = do vᵀ, dS = P (dP - do·out); dv += Pᵀ do,
-//             dk̂ += dSᵀ t q̂, dq̂ += dS k̂. What belongs to the longer side is finished by its task, what
+//             dk̂ += dSᵀ q̂, dq̂ += dS k̂. What belongs to the longer side is finished by its task, what
 //             belongs to the shorter side is a share per task, added up in order afterwards
 // 2·N·M·(D + E) operations forward and 2·N·M·(3 D + 2 E) backward, all on tiles in cache; moves q, k, v,
 // do and the results once each, so arithmetic is the bound. Extra memory: the shorter side, packed, per
@@ -181,8 +181,8 @@ struct Forward {
 // A block of queries with all that backward needs of it, and the gradient of q̂ (transposed, D x R).
 template <typename T>
 struct BackwardBlock : QueryBlock<T> {
-  Scratch<T> rows, grad_rows, grad_columns;     // t q̂ (R x D); do (R x E) and transposed
-  Scratch<T> delta, log_sum_exp, grad_query;    // do·out
+  Scratch<T> rows, grad_rows, grad_columns;  // q̂ (R x D); do (R x E) and transposed
+  Scratch<T> delta, log_sum_exp, grad_query;  // do·out
 
   explicit BackwardBlock(const Problem<T>& p)
       : QueryBlock<T>(p), rows(kQueries * p.depth), grad_rows(kQueries * p.width), grad_columns(kQueries * p.width),
@@ -194,7 +194,6 @@ struct BackwardBlock : QueryBlock<T> {
     QueryBlock<T>::template load<S>(p, q, bh, n);
     const int64_t b = bh / p.heads, h = bh % p.heads, count = this->count;
     copy_tile<T, T>(Matrix<const T>(this->query_columns()).transposed(), {rows.get(), p.depth}, count, p.depth);
-    multiply_by<T>(p.scale(bh), rows.get(), count * p.depth);
     const auto grad = head<const S>(grad_out, b, h).from(n, 0);
     copy_tile<S, T>(grad, {grad_rows.get(), p.width}, count, p.width);
     if (count < this->lanes) std::fill_n(grad_columns.get(), kQueries * p.width, T(0));
@@ -255,8 +254,9 @@ struct Backward {
   const Tensor &grad_out, &q, &k, &v, &out, &log_sum_exp;
   Tensor grad_q, grad_k, grad_v, grad_mask, grad_temperature;
 
-  // From dS k̂ (D x R) to the gradient of q; S = t A, so dt = sum dS A = sum q̂ · (dS k̂), in float64: terms
-  // cancel.
+  // From dS k̂ (D x R) to the gradient of q. Returns sum q̂ · (dS k̂), which over all queries is the
+  // temperature's gradient: S = t A, so dt = sum dS A. In float64, and from the longer side, whose sums
+  // are short: terms cancel.
   double finish_queries(int64_t bh, const QueryBlock<T>& block, T* grad_query) {
     const T* unit = block.columns.get();
     const Vec<T> t(p.scale(bh));
@@ -278,16 +278,26 @@ struct Backward {
     return std::accumulate(along, along + block.count, 0.0);
   }
 
-  void finish_keys(int64_t bh, const KeyTile<T>& tile, const KeyGradients<T>& grads) {
+  // The same for keys, from dSᵀ q̂.
+  double finish_keys(int64_t bh, const KeyTile<T>& tile, const KeyGradients<T>& grads) {
     const int64_t b = bh / p.heads, h = bh % p.heads;
-    for (int64_t m = 0; m < tile.count && !tile.masked_out; ++m)
-      backward_norm<T>(grads.keys + m * p.depth, tile.units.get() + m * p.depth, tile.norms.get()[m], p.depth, p.normalize);
+    const T t = p.scale(bh);
+    double temperature = 0;
+    for (int64_t m = 0; m < tile.count && !tile.masked_out; ++m) {
+      T* grad = grads.keys + m * p.depth;
+      const T *unit = tile.units.get() + m * p.depth, norm = tile.norms.get()[m];
+      const T along = dot<T>(grad, unit, p.depth), radial = p.normalize && norm > T(kNormFloor) ? along : T(0);
+      temperature += along;
+      at::vec::map2([factor = t / norm, radial](Vec<T> g, Vec<T> u) { return Vec<T>(factor) * (g - Vec<T>(radial) * u); },
+                    grad, grad, unit, p.depth);
+    }
     copy_tile<T, S>({grads.keys, p.depth}, head<S>(grad_k, b, h).from(tile.first, 0), tile.count, p.depth);
     copy_tile<T, S>({grads.values, p.width}, head<S>(grad_v, b, h).from(tile.first, 0), tile.count, p.width);
-    if (!p.mask) return;
+    if (!p.mask) return temperature;
     T* target = grad_mask.mutable_data_ptr<T>() + bh * p.keys + tile.first;
     for (int64_t m = 0; m < tile.count; ++m)
       target[m] = tile.factors.get()[m] > 0 ? grads.biases[m] / tile.factors.get()[m] : T(0);
+    return temperature;
   }
 
   void queries_in_chunks() {
@@ -329,13 +339,13 @@ struct Backward {
         finish_keys(bh, tile, total);
       }
     });
-    add_temperatures(temperature, p.chunks);
+    add_temperatures(temperature);
   }
 
   void keys_in_chunks() {
     const int64_t blocks = p.query_blocks(), tasks = p.matrices() * p.chunks, share = kQueries * p.depth;
     Scratch<T> shares(tasks * blocks * share);
-    std::vector<double> temperature(p.matrices() * blocks);
+    std::vector<double> temperature(tasks);
     at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       auto queries = make_parts<BackwardBlock<T>>(p, blocks);
       KeyTile<T> tile(p);
@@ -349,7 +359,7 @@ struct Backward {
           std::fill_n(memory.get(), KeyGradients<T>::size(p, kKeys), T(0));
           for (int64_t i = 0; i < blocks && !tile.masked_out; ++i)
             backward_step(p, p.scale(bh), queries[i], tile, grads, probabilities.get(), grad_logits.get());
-          finish_keys(bh, tile, grads);
+          temperature[task] += finish_keys(bh, tile, grads);
         }
         for (int64_t i = 0; i < blocks; ++i)
           std::copy_n(queries[i].grad_query.get(), share, shares.get() + (task * blocks + i) * share);
@@ -362,16 +372,16 @@ struct Backward {
         T* total = shares.get() + (bh * p.chunks * blocks + i % blocks) * share;
         for (int64_t c = 1; c < p.chunks; ++c) add_scaled(T(1), total + c * blocks * share, total, share);
         block.template load<S>(p, q, bh, i % blocks * kQueries);
-        temperature[i] = finish_queries(bh, block, total);
+        finish_queries(bh, block, total);
       }
     });
-    add_temperatures(temperature, blocks);
+    add_temperatures(temperature);
   }
 
-  void add_temperatures(const std::vector<double>& shares, int64_t per_head) {
+  void add_temperatures(const std::vector<double>& shares) {
     for (int64_t bh = 0; bh < p.matrices(); ++bh) {
       double total = 0;
-      for (int64_t i = 0; i < per_head; ++i) total += shares[bh * per_head + i];
+      for (int64_t i = 0; i < p.chunks; ++i) total += shares[bh * p.chunks + i];
       grad_temperature.mutable_data_ptr<T>()[bh] = static_cast<T>(total);
     }
   }

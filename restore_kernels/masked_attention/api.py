@@ -7,8 +7,7 @@ from torch import Tensor
 
 from restore_kernels import checks
 from restore_kernels.backends import candidates, choose
-from restore_kernels.masked_attention import reference
-from restore_kernels.masked_attention.autograd import ChannelMaskedAttention, TokenMaskedAttention
+from restore_kernels.masked_attention import autograd, reference
 from restore_kernels.tensors import accumulate_dtype
 
 
@@ -73,14 +72,14 @@ def masked_attention(
             mask = mask.to(dtype).expand(batch, heads, rows, q.shape[3])
         channel_inputs = (q, k, v, mask, temperature, out_proj, normalize)
         if chosen != "eager":
-            return ChannelMaskedAttention.apply(*channel_inputs, chosen)[0]
+            return autograd.channel(*channel_inputs, chosen)
         with checks.no_autocast(q.device.type):
             return reference.channel(*channel_inputs)
     if mask is not None:
         mask = mask.to(dtype).expand(batch, heads, k.shape[2])
     token_inputs = (q, k, v, mask, temperature, normalize)
     if chosen != "eager":
-        return TokenMaskedAttention.apply(*token_inputs, chosen)[0]
+        return autograd.token(*token_inputs, chosen)
     with checks.no_autocast(q.device.type):
         return reference.token(*token_inputs)
 

@@ -12,9 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restore_kernels.functions import BackwardFunction, OperatorFunction, map_over_batch, per_head, sum_to
+from restore_kernels.functions import (
+    BackwardFunction,
+    OperatorFunction,
+    compiled_functions,
+    map_over_batch,
+    per_head,
+    sum_to,
+)
 from restore_kernels.masked_attention.ops import overload
 from restore_kernels.tensors import accumulate_dtype
+
+
+def channel(q, k, v, mask, temperature, out_proj, normalize, backend) -> Tensor:
+    """The differentiable operator of the channel layout."""
+    if compiled := compiled_functions(backend):
+        return compiled.channel_masked(q, k, v, mask, temperature, out_proj, normalize)
+    return ChannelMaskedAttention.apply(q, k, v, mask, temperature, out_proj, normalize, backend)[0]
+
+
+def token(q, k, v, mask, temperature, normalize, backend) -> Tensor:
+    """The differentiable operator of the token layout."""
+    if compiled := compiled_functions(backend):
+        return compiled.token_masked(q, k, v, mask, temperature, normalize)
+    return TokenMaskedAttention.apply(q, k, v, mask, temperature, normalize, backend)[0]
 
 
 class ChannelMaskedAttention(OperatorFunction):

@@ -10,8 +10,7 @@ from torch import Tensor
 from restore_kernels import checks
 from restore_kernels.backends import candidates, choose
 from restore_kernels.tensors import accumulate_dtype
-from restore_kernels.topk_attention import reference
-from restore_kernels.topk_attention.autograd import ChannelTopKAttention, TokenTopKAttention
+from restore_kernels.topk_attention import autograd, reference
 
 TopK = Sequence["int | None"]
 
@@ -77,12 +76,12 @@ def topk_attention(
     if layout == "channel":
         channel_inputs = (q, k, v, temperature, weights, out_proj, counts, normalize)
         if chosen != "eager":
-            return ChannelTopKAttention.apply(*channel_inputs, chosen)[0]
+            return autograd.channel(*channel_inputs, chosen)
         with checks.no_autocast(q.device.type):
             return reference.channel(*channel_inputs)
     token_inputs = (q, k, v, temperature, weights, counts, normalize)
     if chosen != "eager":
-        return TokenTopKAttention.apply(*token_inputs, chosen)[0]
+        return autograd.token(*token_inputs, chosen)
     with checks.no_autocast(q.device.type):
         return reference.token(*token_inputs)
 

@@ -11,9 +11,30 @@ from typing import Any
 
 from torch import Tensor
 
-from restore_kernels.functions import BackwardFunction, OperatorFunction, map_over_batch, per_head, sum_to
+from restore_kernels.functions import (
+    BackwardFunction,
+    OperatorFunction,
+    compiled_functions,
+    map_over_batch,
+    per_head,
+    sum_to,
+)
 from restore_kernels.tensors import accumulate_dtype
 from restore_kernels.topk_attention.ops import overload
+
+
+def channel(q, k, v, temperature, weights, out_proj, topk, normalize, backend) -> Tensor:
+    """The differentiable operator of the channel layout."""
+    if compiled := compiled_functions(backend):
+        return compiled.channel_topk(q, k, v, temperature, weights, out_proj, topk, normalize)
+    return ChannelTopKAttention.apply(q, k, v, temperature, weights, out_proj, topk, normalize, backend)[0]
+
+
+def token(q, k, v, temperature, weights, topk, normalize, backend) -> Tensor:
+    """The differentiable operator of the token layout."""
+    if compiled := compiled_functions(backend):
+        return compiled.token_topk(q, k, v, temperature, weights, topk, normalize)
+    return TokenTopKAttention.apply(q, k, v, temperature, weights, topk, normalize, backend)[0]
 
 
 class ChannelTopKAttention(OperatorFunction):

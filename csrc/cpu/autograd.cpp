@@ -1,0 +1,208 @@
+// The autograd nodes of the operators in C++, for calls that nothing transforms: in Python the same
+// node costs a quarter of a millisecond when caches are cold, as long as the kernels at small shapes.
+//
+// Each node does what its twin in autograd.py does: small arguments are broadcast where autograd does not
+// watch, the operators are called through the dispatcher (so profilers and modes see them), and a second
+// derivative is an error.
+#include <ATen/ExpandUtils.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+
+#include "autograd.h"
+
+namespace restore_kernels {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+template <typename Signature>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "cpu").typed<Signature>();
+}
+
+at::ScalarType accumulate_type(const Tensor& q) { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// A temperature broadcastable to (B, H, 1, 1) as (B, H).
+Tensor per_head(const Tensor& temperature, const Tensor& q) {
+  return temperature.to(accumulate_type(q)).expand({q.size(0), q.size(1), 1, 1}).view({q.size(0), q.size(1)});
+}
+
+Tensor per_branch(const Tensor& weights, const Tensor& q, size_t branches) {
+  return weights.to(accumulate_type(q)).expand({q.size(0), q.size(1), static_cast<int64_t>(branches)});
+}
+
+// The gradient of x from that of x broadcast to `sizes`.
+Tensor sum_to(const Tensor& grad, at::IntArrayRef sizes, const Tensor& x) {
+  const Tensor summed = grad.numel() == x.numel() ? grad.view(x.sizes()) : at::sum_to(grad.view(sizes), x.sizes());
+  return summed.to(x.scalar_type());
+}
+
+Tensor temperature_gradient(const Tensor& grad, const Tensor& temperature) {
+  return sum_to(grad, {grad.size(0), grad.size(1), 1, 1}, temperature);
+}
+
+OptionalTensor optional(const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; }
+Tensor defined_if(const OptionalTensor& x) { return x.value_or(Tensor()); }
+
+// Where the gradients are to be differentiated again, doing so raises.
+variable_list once(const char* name, variable_list grads) {
+  if (!at::GradMode::is_enabled()) return grads;
+  const std::string message = std::string(name) + " has no second derivative on backend 'cpu'; backend='eager' has one";
+  auto error = std::make_shared<torch::autograd::DelayedError>(message, static_cast<int64_t>(grads.size()));
+  for (Tensor& grad : grads)
+    if (grad.defined()) grad = grad.detach().requires_grad_();
+  return (*error)(std::move(grads));
+}
+
+struct ChannelTopK : torch::autograd::Function<ChannelTopK> {
+  using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                     const Tensor&, const OptionalTensor&, at::IntArrayRef, bool);
+  using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+      const Tensor&, const Tensor&, at::IntArrayRef, bool);
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& temperature,
+                        const Tensor& weights, const OptionalTensor& out_proj, const std::vector<int64_t>& topk,
+                        bool normalize) {
+    static const auto op = find<Forward>("restore_kernels::topk_attention_channel");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [out, similarity, norms] = op.call(q, k, v, per_head(temperature, q), per_branch(weights, q, topk.size()),
+                                            out_proj, topk, normalize);
+    ctx->save_for_backward({q, k, v, temperature, weights, defined_if(out_proj), similarity, norms});
+    ctx->saved_data["topk"] = topk;
+    ctx->saved_data["normalize"] = normalize;
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grad_out) {
+    static const auto op = find<Backward>("restore_kernels::topk_attention_channel_backward");
+    const auto x = ctx->get_saved_variables();
+    const auto topk = ctx->saved_data["topk"].toIntVector();
+    auto [q, k, v, temperature, weights, out_proj] = [&] {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return op.call(grad_out[0], x[0], x[1], x[2], per_head(x[3], x[0]), per_branch(x[4], x[0], topk.size()),
+                     optional(x[5]), x[6], x[7], topk, ctx->saved_data["normalize"].toBool());
+    }();
+    const Tensor projection = x[5].defined() ? out_proj.to(x[5].scalar_type()) : Tensor();
+    return once("topk_attention", {q, k, v, temperature_gradient(temperature, x[3]),
+                                   sum_to(weights, weights.sizes(), x[4]), projection, Tensor(), Tensor()});
+  }
+};
+
+struct TokenTopK : torch::autograd::Function<TokenTopK> {
+  using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                             const Tensor&, at::IntArrayRef, bool);
+  using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+      const Tensor&, const Tensor&, at::IntArrayRef, bool);
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& temperature,
+                        const Tensor& weights, const std::vector<int64_t>& topk, bool normalize) {
+    static const auto op = find<Forward>("restore_kernels::topk_attention_token");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [out, threshold, last_tie, log_sum_exp] =
+        op.call(q, k, v, per_head(temperature, q), per_branch(weights, q, topk.size()), topk, normalize);
+    ctx->save_for_backward({q, k, v, temperature, weights, threshold, last_tie, log_sum_exp});
+    ctx->saved_data["topk"] = topk;
+    ctx->saved_data["normalize"] = normalize;
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grad_out) {
+    static const auto op = find<Backward>("restore_kernels::topk_attention_token_backward");
+    const auto x = ctx->get_saved_variables();
+    const auto topk = ctx->saved_data["topk"].toIntVector();
+    auto [q, k, v, temperature, weights] = [&] {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return op.call(grad_out[0], x[0], x[1], x[2], per_head(x[3], x[0]), per_branch(x[4], x[0], topk.size()), x[5],
+                     x[6], x[7], topk, ctx->saved_data["normalize"].toBool());
+    }();
+    return once("topk_attention", {q, k, v, temperature_gradient(temperature, x[3]),
+                                   sum_to(weights, weights.sizes(), x[4]), Tensor(), Tensor()});
+  }
+};
+
+struct ChannelMasked : torch::autograd::Function<ChannelMasked> {
+  using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                                     const Tensor&, const OptionalTensor&, bool);
+  using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+      const OptionalTensor&, const Tensor&, const Tensor&, bool);
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
+                        const Tensor& temperature, const OptionalTensor& out_proj, bool normalize) {
+    static const auto op = find<Forward>("restore_kernels::masked_attention_channel");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [out, similarity, norms] = op.call(q, k, v, mask, per_head(temperature, q), out_proj, normalize);
+    ctx->save_for_backward({q, k, v, defined_if(mask), temperature, defined_if(out_proj), similarity, norms});
+    ctx->saved_data["normalize"] = normalize;
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grad_out) {
+    static const auto op = find<Backward>("restore_kernels::masked_attention_channel_backward");
+    const auto x = ctx->get_saved_variables();
+    auto [q, k, v, mask, temperature, out_proj] = [&] {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return op.call(grad_out[0], x[0], x[1], x[2], optional(x[3]), per_head(x[4], x[0]), optional(x[5]), x[6], x[7],
+                     ctx->saved_data["normalize"].toBool());
+    }();
+    const Tensor projection = x[5].defined() ? out_proj.to(x[5].scalar_type()) : Tensor();
+    return once("masked_attention", {q, k, v, x[3].defined() ? mask : Tensor(), temperature_gradient(temperature, x[4]),
+                                     projection, Tensor()});
+  }
+};
+
+struct TokenMasked : torch::autograd::Function<TokenMasked> {
+  using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                                     const Tensor&, bool);
+  using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                                                      const Tensor&, const OptionalTensor&, const Tensor&,
+                                                                      const Tensor&, const Tensor&, bool);
+
+  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
+                               const OptionalTensor& mask, const Tensor& temperature, bool normalize) {
+    static const auto op = find<Forward>("restore_kernels::masked_attention_token");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [out, log_sum_exp, wide_out] = op.call(q, k, v, mask, per_head(temperature, q), normalize);
+    const bool was_rounded = out.scalar_type() != log_sum_exp.scalar_type();
+    ctx->save_for_backward({q, k, v, defined_if(mask), temperature, was_rounded ? wide_out : out, log_sum_exp});
+    ctx->saved_data["normalize"] = normalize;
+    return {out};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grad_out) {
+    static const auto op = find<Backward>("restore_kernels::masked_attention_token_backward");
+    const auto x = ctx->get_saved_variables();
+    auto [q, k, v, mask, temperature] = [&] {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return op.call(grad_out[0], x[0], x[1], x[2], optional(x[3]), per_head(x[4], x[0]), x[5], x[6],
+                     ctx->saved_data["normalize"].toBool());
+    }();
+    return once("masked_attention", {q, k, v, x[3].defined() ? mask : Tensor(), temperature_gradient(temperature, x[4]),
+                                     Tensor()});
+  }
+};
+
+}  // namespace
+
+Tensor channel_topk(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& temperature, const Tensor& weights,
+                    const OptionalTensor& out_proj, const std::vector<int64_t>& topk, bool normalize) {
+  return ChannelTopK::apply(q, k, v, temperature, weights, out_proj, topk, normalize);
+}
+Tensor token_topk(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& temperature, const Tensor& weights,
+                  const std::vector<int64_t>& topk, bool normalize) {
+  return TokenTopK::apply(q, k, v, temperature, weights, topk, normalize);
+}
+Tensor channel_masked(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
+                      const Tensor& temperature, const OptionalTensor& out_proj, bool normalize) {
+  return ChannelMasked::apply(q, k, v, mask, temperature, out_proj, normalize);
+}
+Tensor token_masked(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
+                    const Tensor& temperature, bool normalize) {
+  return TokenMasked::apply(q, k, v, mask, temperature, normalize)[0];
+}
+
+}  // namespace restore_kernels

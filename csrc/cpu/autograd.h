@@ -1,0 +1,23 @@
+// The operators as differentiable functions; see autograd.py, whose Functions take the same arguments.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+namespace restore_kernels {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Tensor channel_topk(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& temperature, const Tensor& weights,
+                    const OptionalTensor& out_proj, const std::vector<int64_t>& topk, bool normalize);
+Tensor token_topk(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& temperature, const Tensor& weights,
+                  const std::vector<int64_t>& topk, bool normalize);
+Tensor channel_masked(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
+                      const Tensor& temperature, const OptionalTensor& out_proj, bool normalize);
+Tensor token_masked(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
+                    const Tensor& temperature, bool normalize);
+
+}  // namespace restore_kernels
