@@ -111,7 +111,7 @@ def test_gradients_not_needed_are_not_asked_for(case):
 def test_second_derivative_is_an_error(case):
     call, tensors = case(torch.float32)
     (grad,) = torch.autograd.grad(call(*tensors).sum(), tensors[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative on backend .cpu.; backend=.eager. has one"):
+    with pytest.raises(RuntimeError, match="no second derivative on backend 'cpu'"):
         grad.sum().backward()
 
 
