@@ -22,13 +22,22 @@ lint: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m restore_kernels.profiling.run --device cpu --compile --out benchmarks/results
 
-# On a machine with an NVIDIA GPU, PyTorch, Triton and pytest; no network.
+# On a machine with an NVIDIA GPU, PyTorch, Triton and pytest; no network. The suites run side by side,
+# then, alone, the benchmarks.
 OUT ?= benchmarks/results
+GPU_SUITES := topk_attention topk_attention_ops masked_attention masked_attention_masks masked_attention_ops integration
 gpu:
 	$(GPU_PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=.:python timeout 270 $(GPU_PYTHON) -m pytest -p no:cacheprovider --device cuda tests/test_topk_attention.py tests/test_integration.py; \
-	status=$$?; \
-	PYTHONPATH=.:python timeout 240 $(GPU_PYTHON) -m restore_kernels.profiling.run --device cuda --compile --seconds 1 --out $(OUT) && exit $$status
+	mkdir -p $(OUT)/logs
+	export PYTHONPATH=.:python; jobs=; status=0; \
+	for suite in $(GPU_SUITES); do \
+		timeout 300 $(GPU_PYTHON) -m pytest -p no:cacheprovider --device cuda tests/test_$$suite.py \
+			> $(OUT)/logs/$$suite.txt 2>&1 & jobs="$$jobs $$!"; \
+	done; \
+	for job in $$jobs; do wait $$job || status=1; done; \
+	tail -n 1 $(OUT)/logs/*.txt; \
+	timeout 240 $(GPU_PYTHON) -m restore_kernels.profiling.run --device cuda --compile --seconds 1 --out $(OUT) \
+		&& exit $$status
 
 $(VENV)/installed: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

@@ -86,13 +86,13 @@ void load_rows(const Image<const S>& image, int64_t n, int64_t count, Matrix<T> 
 
 // Of the first head only: with several heads in a tile the products dwarf the transfers.
 template <typename S>
-Prefetch<S> prefetch(const Image<S>& image, int64_t n, int64_t count, int64_t calls) {
+Prefetch prefetch(const Image<S>& image, int64_t n, int64_t count, int64_t calls) {
   return {image.first_head(n), image.channels, count, calls};
 }
 
 template <typename S>
-Prefetch<S, true> prefetch_for_writing(const Image<S>& image, int64_t n, int64_t count, int64_t calls) {
-  return {image.first_head(n), image.channels, count, calls};
+Prefetch prefetch_for_writing(const Image<S>& image, int64_t n, int64_t count, int64_t calls) {
+  return {image.first_head(n), image.channels, count, calls, true};
 }
 
 // Transposed: pixels become the rows of the tile.

@@ -18,25 +18,17 @@ Tensor one_branch(const Tensor& temperature) {
 std::tuple<Tensor, Tensor, Tensor> masked_attention_channel(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, const Tensor& temperature,
     const OptionalTensor& out_proj, bool normalize) {
-  const Tensor weights = one_branch(temperature);
-  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "masked_attention_channel", [&] {
-    using T = Accumulate<scalar_t>;
-    return forward<scalar_t, T>(Problem<T>(q, mask, temperature, weights, out_proj, q.size(2), normalize), q, k, v);
-  });
+  return forward(q, k, v, mask, temperature, one_branch(temperature), out_proj, q.size(2), normalize);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention_channel_backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
     const Tensor& temperature, const OptionalTensor& out_proj, const Tensor& similarity, const Tensor& norms,
     bool normalize) {
-  const Tensor weights = one_branch(temperature);
-  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "masked_attention_channel_backward", [&] {
-    using T = Accumulate<scalar_t>;
-    auto [grad_q, grad_k, grad_v, grad_mask, grad_temperature, grad_weights, grad_out_proj] = backward<scalar_t, T>(
-        Problem<T>(q, mask, temperature, weights, out_proj, q.size(2), normalize), grad_out, q, k, v,
-        similarity.contiguous(), norms.contiguous());
-    return std::make_tuple(grad_q, grad_k, grad_v, grad_mask, grad_temperature, grad_out_proj);
-  });
+  auto [grad_q, grad_k, grad_v, grad_mask, grad_temperature, grad_weights, grad_out_proj] =
+      backward(grad_out, q, k, v, mask, temperature, one_branch(temperature), out_proj, similarity, norms, q.size(2),
+               normalize);
+  return {grad_q, grad_k, grad_v, grad_mask, grad_temperature, grad_out_proj};
 }
 
 }  // namespace

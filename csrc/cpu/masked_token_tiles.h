@@ -68,7 +68,7 @@ struct Problem {
 template <typename S>
 void prefetch_rows(const Tensor& x, int64_t b, int64_t h, int64_t first, int64_t count) {
   const int64_t left = std::min(count, x.size(2) - first);
-  if (left > 0) Prefetch<const S>(head<const S>(x, b, h).from(first, 0), left, x.size(3), 1)();
+  if (left > 0) Prefetch(head<const S>(x, b, h).from(first, 0), left, x.size(3), 1)();
 }
 
 // Queries transposed: what is done to each of them is done to a vector of them at once.

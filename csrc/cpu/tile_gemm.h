@@ -14,19 +14,11 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "matrix.h"
+#include "prefetch.h"
+
 namespace restore_kernels {
 inline namespace CPU_CAPABILITY {
-
-template <typename T>
-struct Matrix {  // element (i, j) at data[i * row + j * col]
-  T* data;
-  int64_t row;
-  int64_t col = 1;
-
-  Matrix transposed() const { return {data, col, row}; }
-  Matrix from(int64_t i, int64_t j) const { return {data + i * row + j * col, row, col}; }
-  operator Matrix<const T>() const { return {data, row, col}; }
-};
 
 // What is added to a product: row i of `matrix` times scale[i] (1 without scale); nothing without data.
 template <typename T>
@@ -55,9 +47,9 @@ static_assert(kVectors == 3, "multiply() finishes with one to three vectors");
 
 // `full`: the last vector of a row is whole; otherwise only its first `last` elements exist. It must be
 // known at compile time: where it is not, the compiler keeps the accumulators in memory.
-template <typename T, int rows, int vectors, bool full, typename Idle>
+template <typename T, int rows, int vectors, bool full>
 inline __attribute__((always_inline)) void micro_kernel(
-    Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t depth, Addend<T> addend, int64_t last, Idle& idle) {
+    Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t depth, Addend<T> addend, int64_t last, Prefetches& idle) {
   using Vec = at::vec::Vectorized<T>;
   auto load = [last](const T* p, int v) {
     return (full || v + 1 < vectors) ? Vec::loadu(p + v * Vec::size()) : Vec::loadu(p + v * Vec::size(), last);
@@ -94,9 +86,9 @@ inline __attribute__((always_inline)) void micro_kernel(
     }
 }
 
-template <typename T, int vectors, bool full, typename Idle>
+template <typename T, int vectors, bool full>
 void row_blocks(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t depth,
-                Addend<T> addend, int64_t last, Idle& idle) {
+                Addend<T> addend, int64_t last, Prefetches& idle) {
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows)
     micro_kernel<T, kRows, vectors, full>(a.from(i, 0), b, c.from(i, 0), depth, addend.from(i, 0), last, idle);
@@ -107,9 +99,9 @@ void row_blocks(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows,
 }
 
 // The last columns, `vectors` of them, of the last vector `last` elements.
-template <typename T, int vectors, typename Idle>
+template <typename T, int vectors>
 void rest(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t last, int64_t depth,
-          Addend<T> addend, Idle& idle) {
+          Addend<T> addend, Prefetches& idle) {
   if (last == at::vec::Vectorized<T>::size()) row_blocks<T, vectors, true>(a, b, c, rows, depth, addend, last, idle);
   else row_blocks<T, vectors, false>(a, b, c, rows, depth, addend, last, idle);
 }
@@ -122,16 +114,12 @@ int64_t idle_calls(int64_t rows, int64_t columns, int64_t depth) {
   return std::max<int64_t>(1, rows / gemm::kRows * (columns / panel) * (depth / gemm::kStretch));
 }
 
-struct NoIdle {
-  void operator()() const {}
-};
-
 // c = a b + addend, with a (rows x depth), b (depth x columns), c and addend (rows x columns), and
 // b.col == c.col == addend.matrix.col == 1. The addend may be c itself.
 // `idle` is called idle_calls() times or more, evenly: the memory system has time for something else.
-template <typename T, typename Idle = NoIdle>
+template <typename T>
 void multiply(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns, int64_t depth,
-              Addend<T> addend = {}, Idle&& idle = {}) {
+              Addend<T> addend = {}, Prefetches idle = {}) {
   constexpr int64_t width = at::vec::Vectorized<T>::size(), panel = gemm::kVectors * width;
   int64_t j = 0;
   for (; j + panel <= columns; j += panel)
@@ -143,9 +131,9 @@ void multiply(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, i
 }
 
 // c += a b
-template <typename T, typename Idle = NoIdle>
+template <typename T>
 void multiply_add(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns, int64_t depth,
-                  Idle&& idle = {}) {
+                  Prefetches idle = {}) {
   multiply<T>(a, b, c, rows, columns, depth, {c}, idle);
 }
 

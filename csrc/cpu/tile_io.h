@@ -91,34 +91,6 @@ void copy_tile(Matrix<const S> source, Matrix<T> target, int64_t rows, int64_t c
   }
 }
 
-// Asks the memory system for a tile that will be read (or, with `write`, overwritten) next, a few cache
-// lines per call, so that the transfer runs beside the multiplications instead of before them.
-template <typename S, bool write = false>
-class Prefetch {
- public:
-  // The whole tile will have been asked for after `calls` calls.
-  Prefetch(Matrix<S> tile, int64_t rows, int64_t columns, int64_t calls)
-      : tile_(tile.col == 1 ? tile : tile.transposed()), rows_(tile.col == 1 ? rows : columns),
-        columns_(tile.col == 1 ? columns : rows) {
-    if (tile_.col != 1) rows_ = 0;  // no contiguous lines to ask for
-    lines_per_call_ = (rows_ * ((columns_ + kLine - 1) / kLine) + calls - 1) / calls;
-  }
-
-  void operator()() {
-    for (int64_t i = 0; i < lines_per_call_ && row_ < rows_; ++i) {
-      __builtin_prefetch(tile_.data + row_ * tile_.row + column_, write, kIntoL2);
-      column_ += kLine;
-      if (column_ >= columns_) column_ = 0, ++row_;
-    }
-  }
-
- private:
-  static constexpr int64_t kLine = 64 / sizeof(S);
-  static constexpr int kIntoL2 = 2;
-  Matrix<S> tile_;
-  int64_t rows_, columns_, lines_per_call_, row_ = 0, column_ = 0;
-};
-
 // sum[i] += sum of squares of row i. Several rows at a time: one alone would wait for its own additions.
 template <typename T>
 void add_squares(Matrix<const T> rows, T* sum, int64_t count, int64_t length) {

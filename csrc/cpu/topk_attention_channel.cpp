@@ -1,4 +1,4 @@
-// Top-k attention between channels on the CPU: the operators of ops.py over channel_attention.h.
+// Top-k attention between channels on the CPU: the operators of ops.py.
 #include <torch/library.h>
 
 #include "channel_attention.h"
@@ -12,23 +12,16 @@ using namespace channel;
 std::tuple<Tensor, Tensor, Tensor> topk_attention_channel(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& temperature, const Tensor& weights,
     const OptionalTensor& out_proj, at::IntArrayRef topk, bool normalize) {
-  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "topk_attention_channel", [&] {
-    using T = Accumulate<scalar_t>;
-    return forward<scalar_t, T>(Problem<T>(q, {}, temperature, weights, out_proj, topk, normalize), q, k, v);
-  });
+  return forward(q, k, v, {}, temperature, weights, out_proj, topk, normalize);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_attention_channel_backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& temperature,
     const Tensor& weights, const OptionalTensor& out_proj, const Tensor& similarity, const Tensor& norms,
     at::IntArrayRef topk, bool normalize) {
-  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "topk_attention_channel_backward", [&] {
-    using T = Accumulate<scalar_t>;
-    auto [grad_q, grad_k, grad_v, grad_mask, grad_temperature, grad_weights, grad_out_proj] = backward<scalar_t, T>(
-        Problem<T>(q, {}, temperature, weights, out_proj, topk, normalize), grad_out, q, k, v,
-        similarity.contiguous(), norms.contiguous());
-    return std::make_tuple(grad_q, grad_k, grad_v, grad_temperature, grad_weights, grad_out_proj);
-  });
+  auto [grad_q, grad_k, grad_v, grad_mask, grad_temperature, grad_weights, grad_out_proj] =
+      backward(grad_out, q, k, v, {}, temperature, weights, out_proj, similarity, norms, topk, normalize);
+  return {grad_q, grad_k, grad_v, grad_temperature, grad_weights, grad_out_proj};
 }
 
 }  // namespace
