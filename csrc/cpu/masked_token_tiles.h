@@ -9,6 +9,7 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <vector>
 
 #include "tile_gemm.h"
 #include "tile_io.h"
@@ -63,6 +64,14 @@ struct Problem {
     }
   }
 };
+
+// All of the shorter side, or one part of the longer side, reused.
+template <typename Part, typename T>
+std::vector<Part> make_parts(const Problem<T>& p, int64_t count) {
+  std::vector<Part> result;
+  for (int64_t i = 0; i < count; ++i) result.emplace_back(p);
+  return result;
+}
 
 // Asks for rows that will be read next; no harm if they are not there.
 template <typename S>
