@@ -134,9 +134,9 @@ def test_predicted_mask_is_shown_beside_the_true_streaks(photos, tmp_path, capsy
     expected = np.corrcoef(mask.numpy().ravel(), pair.streaks.numpy().ravel())[0, 1]
     assert result.mask_correlation() == pytest.approx(expected, abs=1e-5)
 
-    assert read_image(out / "5-mask.png").shape[2] == 2 * 56 + 8
+    assert read_image(out / "5-mask.png").shape[2] == 3 * 56 + 2 * 8
     page = (out / "report.html").read_text()
-    assert References(page).images == 9
+    assert References(page).images == 10
     assert "true streaks" in page
     assert f"{expected:.3f} in the mean" in page
 

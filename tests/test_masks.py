@@ -46,7 +46,10 @@ def test_masks_are_of_the_network_and_the_photo():
     assert check.correlation() == pytest.approx(1)
     assert check.correlation("brightness") == pytest.approx(pearson(rainy.mean(dim=0), rainy[0]))
     assert check.correlation("removed") == pytest.approx(check.correlation("brightness"), rel=1e-5)
-    assert list(check.pictures()) == ["predicted mask", "true streaks"]
+    assert list(check.pictures()) == ["mask over the photo", "predicted mask", "true streaks"]
+    red, green, _ = check.pictures()["mask over the photo"]
+    torch.testing.assert_close(green, check.brightness * (1 - check.mask))
+    torch.testing.assert_close(red - green, check.mask)
 
 
 def test_networks_without_a_mask():
@@ -55,6 +58,6 @@ def test_networks_without_a_mask():
 
 def test_unknown_streaks():
     check = MaskCheck(picture(0), None, picture(1), picture(2))
-    assert list(check.pictures()) == ["predicted mask"]
+    assert list(check.pictures()) == ["mask over the photo", "predicted mask"]
     with pytest.raises(ValueError, match="streaks must be known to correlate with; got None"):
         check.correlation()

@@ -26,11 +26,15 @@ class MaskCheck:
     brightness: Tensor
 
     def pictures(self) -> dict[str, Tensor]:
-        """The mask and, where they are known, the streaks as grey pictures (3, H, W) by caption."""
-        grey = {"predicted mask": self.mask}
+        """Pictures (3, H, W) by caption: the mask in red over the photo, the mask, the streaks if known."""
+        photo = self.brightness * (1 - self.mask)
+        pictures = {
+            "mask over the photo": torch.stack((photo + self.mask, photo, photo)),
+            "predicted mask": self.mask.expand(3, -1, -1),
+        }
         if self.streaks is not None:
-            grey["true streaks"] = self.streaks
-        return {caption: picture.expand(3, -1, -1) for caption, picture in grey.items()}
+            pictures["true streaks"] = self.streaks.expand(3, -1, -1)
+        return pictures
 
     def correlation(self, what: str = "mask") -> float:
         """Pearson's with the true streaks, of the mask or of another picture for comparison.
