@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from restore_kernels import native
+from restore_kernels.tensors import accumulate_dtype
 
 
 class OperatorFunction(torch.autograd.Function):
@@ -62,6 +63,20 @@ class BackwardFunction(OperatorFunction):
         raise RuntimeError(
             f"{cls.operator} has no second derivative on backend {ctx.backend!r}; backend='eager' has one"
         )
+
+
+def call_temperature(temperature: Tensor | float | None, q: Tensor, normalize: bool) -> Tensor:
+    """The temperature of a call, with its default, as a tensor broadcastable to (B, H, 1, 1).
+
+    Within ``torch.func`` transforms it has all dimensions, see ``map_over_batch``.
+    """
+    if temperature is None:
+        temperature = 1.0 if normalize else float(q.shape[-1] ** -0.5)
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((1, 1), temperature, dtype=accumulate_dtype(q.dtype), device=q.device)
+    if torch._C._are_functorch_transforms_active():
+        temperature = temperature.expand(*q.shape[:2], 1, 1)
+    return temperature
 
 
 def per_head(temperature: Tensor, dtype: torch.dtype, batch: int, heads: int) -> Tensor:

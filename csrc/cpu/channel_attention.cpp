@@ -256,9 +256,6 @@ Gradients backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& q,
   return {grad_q, grad_k, grad_v, grad_mask, grad_temperature, grad_weights, grad_out_proj};
 }
 
-template <typename S>
-using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> forward(

@@ -28,9 +28,6 @@ namespace {
 
 using namespace masked;
 
-template <typename S>
-using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
 std::tuple<Tensor, Tensor, Tensor> masked_attention_token(const Tensor& q, const Tensor& k, const Tensor& v,
                                                           const OptionalTensor& mask, const Tensor& temperature,
                                                           bool normalize) {

@@ -18,6 +18,10 @@
 namespace restore_kernels {
 inline namespace CPU_CAPABILITY {
 
+// What numbers of type S are computed in.
+template <typename S>
+using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
 // Uninitialised, 64-byte aligned.
 template <typename T>
 class Scratch {

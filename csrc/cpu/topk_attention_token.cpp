@@ -260,9 +260,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const TokenProblem<T
   return {grad_q, grad_k, grad_v, grad_temperature, grad_weights};
 }
 
-template <typename S>
-using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> topk_attention_token(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& temperature, const Tensor& weights,
     at::IntArrayRef topk, bool normalize) {

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from restore_kernels import checks
 from restore_kernels.backends import candidates, choose
+from restore_kernels.functions import call_temperature
 from restore_kernels.masked_attention import autograd, reference
 from restore_kernels.tensors import accumulate_dtype
 
@@ -59,13 +60,7 @@ def masked_attention(
 
     dtype = accumulate_dtype(q.dtype)
     batch, heads = q.shape[:2]
-    if temperature is None:
-        temperature = 1.0 if normalize else float(q.shape[-1] ** -0.5)
-    if not isinstance(temperature, Tensor):
-        temperature = torch.full((1, 1), temperature, dtype=dtype, device=q.device)
-    if torch._C._are_functorch_transforms_active():
-        temperature = temperature.expand(batch, heads, 1, 1)
-
+    temperature = call_temperature(temperature, q, normalize)
     if layout == "channel":
         if mask is not None:
             rows = mask.shape[-2] if mask.dim() > 1 else 1

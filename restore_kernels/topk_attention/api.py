@@ -9,6 +9,7 @@ from torch import Tensor
 
 from restore_kernels import checks
 from restore_kernels.backends import candidates, choose
+from restore_kernels.functions import call_temperature
 from restore_kernels.tensors import accumulate_dtype
 from restore_kernels.topk_attention import autograd, reference
 
@@ -65,13 +66,9 @@ def topk_attention(
     batch, heads = q.shape[:2]
     if weights is None:
         weights = torch.full((1,), 1 / len(counts), dtype=dtype, device=q.device)
-    if temperature is None:
-        temperature = 1.0 if normalize else float(q.shape[-1] ** -0.5)
-    if not isinstance(temperature, Tensor):
-        temperature = torch.full((1, 1), temperature, dtype=dtype, device=q.device)
     if torch._C._are_functorch_transforms_active():
         weights = weights.expand(batch, heads, len(counts))
-        temperature = temperature.expand(batch, heads, 1, 1)
+    temperature = call_temperature(temperature, q, normalize)
 
     if layout == "channel":
         channel_inputs = (q, k, v, temperature, weights, out_proj, counts, normalize)
