@@ -7,7 +7,16 @@ the first call that needs it, and everything works (slower) where none of them e
 from restore_kernels.backends import explain, use_backend
 from restore_kernels.info import info
 from restore_kernels.masked_attention import masked_attention
+from restore_kernels.pyramid_attention import pyramid_attention
 from restore_kernels.topk_attention import topk_attention
 from restore_kernels.version import __version__
 
-__all__ = ["__version__", "explain", "info", "masked_attention", "topk_attention", "use_backend"]
+__all__ = [
+    "__version__",
+    "explain",
+    "info",
+    "masked_attention",
+    "pyramid_attention",
+    "topk_attention",
+    "use_backend",
+]

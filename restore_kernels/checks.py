@@ -41,15 +41,17 @@ def floating_tensor(name: str, x: Any, dims: Sequence[str]) -> None:
         raise ValueError(f"{name} must have no empty dimension but the batch; got {tuple(x.shape)}")
 
 
-def like(name: str, x: Any, q: Tensor, shape: tuple[int, ...]) -> None:
+def like(name: str, x: Any, q: Tensor, shape: tuple[int, ...], q_name: str = "q") -> None:
     """A tensor of this shape, of q's dtype and on q's device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
     if tuple(x.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape} to fit q {tuple(q.shape)}; got {tuple(x.shape)}")
+        raise ValueError(
+            f"{name} must have shape {shape} to fit {q_name} {tuple(q.shape)}; got {tuple(x.shape)}"
+        )
     if x.dtype != q.dtype:
-        raise TypeError(f"{name} must have q's dtype {_name(q.dtype)}; got {_name(x.dtype)}")
-    _same_device(name, x, q)
+        raise TypeError(f"{name} must have {q_name}'s dtype {_name(q.dtype)}; got {_name(x.dtype)}")
+    _same_device(name, x, q, q_name)
 
 
 def broadcastable(
@@ -105,9 +107,9 @@ def out_proj(x: Any, q: Tensor, layout: str) -> None:
     like("out_proj", x, q, (x.shape[0], q.shape[1] * q.shape[2]))
 
 
-def _same_device(name: str, x: Tensor, q: Tensor) -> None:
+def _same_device(name: str, x: Tensor, q: Tensor, q_name: str = "q") -> None:
     if x.device != q.device:
-        raise ValueError(f"{name} must be on q's device {q.device}; got {x.device}")
+        raise ValueError(f"{name} must be on {q_name}'s device {q.device}; got {x.device}")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,3 +23,12 @@ def empty_like_rows(x: Tensor, rows: tuple[int, ...]) -> Tensor:
     if x.stride(-2) == 1 and x.stride(-1) > 1:
         return x.new_empty((batch, pixels, *rows)).movedim(1, -1)
     return x.new_empty((batch, *rows, pixels))
+
+
+def empty_image(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+    """Uninitialised (B, channels, *size) in the dtype and memory format of the image x."""
+    pixel_major = x.stride(1) == 1 and x.stride(3) > 1
+    return torch.empty(
+        (x.shape[0], channels, *size), dtype=x.dtype, device=x.device,
+        memory_format=torch.channels_last if pixel_major else torch.contiguous_format,
+    )  # fmt: skip
