@@ -1,4 +1,7 @@
-"""Rebuilds the golden cases of ``tests/golden``; ``README.md`` there says how they are defined."""
+"""Rebuilds the golden cases of ``tests/golden``; ``README.md`` there says how they are defined.
+
+The largest cases are not part of the repository: ``LARGE`` is where they are looked for.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 FOLDER = Path(__file__).parent / "golden"
+LARGE = Path(__file__).parents[2] / "shared" / "golden"
 
 
 @dataclass(frozen=True)
@@ -32,38 +37,49 @@ class GoldenCase:
     """One case: the module's options and parameters, what goes in, and what comes out.
 
     Attributes:
+        parameters: by state-dict key; None for frozen ones, whose values the network defines.
         shared: further state-dict keys of a parameter, and the key under which ``parameters`` has it.
+        buffers: shapes, by state-dict key.
     """
 
     name: str
     config: dict[str, Any]
-    parameters: dict[str, Tensor]
+    parameters: dict[str, Tensor | None]
     shared: dict[str, str]
+    buffers: dict[str, Sequence[int]]
     inputs: list[Tensor]
     cotangents: list[Tensor]
     expected: Results
 
     @property
-    def state(self) -> dict[str, Tensor]:
-        """The state dict of the module."""
-        return self.parameters | {key: self.parameters[name] for key, name in self.shared.items()}
+    def trained(self) -> dict[str, Tensor]:
+        """The state dict of the module without frozen parameters and buffers."""
+        parameters = {key: x for key, x in self.parameters.items() if x is not None}
+        return parameters | {key: parameters[name] for key, name in self.shared.items()}
 
 
 def load(name: str) -> GoldenCase:
-    case = json.loads((FOLDER / f"{name}.json").read_text())
-    if case["frozen"] or case["buffers"]:
-        raise NotImplementedError(f"{name} has frozen parameters or buffers")
-    with np.load(FOLDER / f"{name}.npz") as arrays:
+    folder = next((folder for folder in (FOLDER, LARGE) if (folder / f"{name}.npz").exists()), None)
+    if folder is None:
+        pytest.skip(f"{name} is not at {LARGE}")
+    case = json.loads((folder / f"{name}.json").read_text())
+    with np.load(folder / f"{name}.npz") as arrays:
         expected = Results(
             outputs=[torch.from_numpy(arrays[f"out{i}"]) for i in range(len(case["outputs"]))],
-            input_gradients=[torch.from_numpy(arrays[f"grad_input{i}"]) for i in range(len(case["inputs"]))],
-            parameter_gradient_norms=case["parameter_gradient_norms"],
+            input_gradients=[
+                torch.from_numpy(x) for key, x in arrays.items() if key.startswith("grad_input")
+            ],
+            parameter_gradient_norms=case.get("parameter_gradient_norms", {}),
         )
     return GoldenCase(
         name=name,
         config=case["config"],
-        parameters={key: parameter(key, shape) for key, shape in case["parameters"].items()},
+        parameters={
+            key: None if key in case["frozen"] else parameter(key, shape)
+            for key, shape in case["parameters"].items()
+        },
         shared=case["shared_parameters"],
+        buffers=case["buffers"],
         inputs=[
             uniform(f"{name}/input{i}", shape, *case["input_range"]) for i, shape in enumerate(case["inputs"])
         ],
@@ -87,14 +103,21 @@ def parameter(name: str, shape: Sequence[int]) -> Tensor:
 
 
 def results(case: GoldenCase, module: nn.Module, dtype: torch.dtype) -> Results:
-    """What a copy of the module in this dtype computes from the case's inputs and cotangents."""
+    """What a copy of the module in this dtype computes from the case's inputs and cotangents.
+
+    Gradients are left out where the case holds none.
+    """
     module = copy.deepcopy(module).to(dtype)
     inputs = [x.detach().to(dtype).requires_grad_() for x in case.inputs]
     result = module(*inputs)
     outputs = [result] if isinstance(result, Tensor) else list(result)
+    detached = [out.detach() for out in outputs]
+    if not case.expected.input_gradients:
+        return Results(detached, [], {})
     torch.autograd.backward(outputs, [x.to(dtype) for x in case.cotangents])
-    norms = {name: p.grad.double().norm().item() for name, p in module.named_parameters()}
-    return Results([out.detach() for out in outputs], [x.grad for x in inputs], norms)
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    norms = {name: p.grad.double().norm().item() for name, p in trained.items()}
+    return Results(detached, [x.grad for x in inputs], norms)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from golden_cases import GoldenCase, Results, load, relative_error, results
 from torch import nn
 
 import restore_kernels
-from restore_kernels.nn import TopKSparseAttention
+from restore_kernels.nn import PyramidAttention, TopKSparseAttention
 from restore_nets import create_model
 from restore_nets.models.blocks import TransformerBlock
 from restore_nets.models.drsformer import MixedScaleFeedForward
@@ -40,40 +41,58 @@ def multi_input_block(config: dict[str, Any]) -> nn.Module:
     return MultiInputBlock(options, config["heads"])
 
 
-def drsformer(config: dict[str, Any]) -> nn.Module:
-    return create_model("drsformer", **config)
+def pyramid_module(config: dict[str, Any]) -> nn.Module:
+    return PyramidAttention(**config)
 
 
-def elf(config: dict[str, Any]) -> nn.Module:
-    return create_model("elf", **config)
+def network(name: str) -> Callable[[dict[str, Any]], nn.Module]:
+    return lambda config: create_model(name, **config)
 
 
 TOPK, MASKED = restore_kernels.topk_attention, restore_kernels.masked_attention
+PYRAMID = restore_kernels.pyramid_attention
 BUILDERS = {
     "tksa_dim48_heads1": attention_module,
     "tksa_dim96_heads2_bias": attention_module,
     "tksa_block_dim48": sparse_block,
-    "drsformer_small": drsformer,
-    "drsformer_small_no_mefc": drsformer,
+    "drsformer_small": network("drsformer"),
+    "drsformer_small_no_mefc": network("drsformer"),
     "multi_input_block_dim48": multi_input_block,
-    "elf_48": elf,
+    "elf_48": network("elf"),
 }
+PYRAMID_BUILDERS = {
+    "pyramid_attention_17x23": pyramid_module,
+    "pyramid_attention_20x20": pyramid_module,
+    "pyramid_attention_hard_16x16": pyramid_module,
+    "panet_4blocks": network("panet"),
+    "pa_edsr_x2_2blocks": network("pa_edsr"),
+}
+OPERATORS = (
+    dict.fromkeys(BUILDERS, (TOPK,))
+    | {"multi_input_block_dim48": (MASKED,), "elf_48": (TOPK, MASKED)}
+    | dict.fromkeys(PYRAMID_BUILDERS, (PYRAMID,))
+)
+BUILDERS |= PYRAMID_BUILDERS
 CASES = tuple(BUILDERS)
-OPERATORS = dict.fromkeys(CASES, (TOPK,)) | {"multi_input_block_dim48": (MASKED,), "elf_48": (TOPK, MASKED)}
 
 
 def build(case: GoldenCase) -> nn.Module:
     """The case's module with the case's parameters."""
-    module = BUILDERS[case.name](case.config).double()
-    module.load_state_dict(case.state)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # frozen parameters, which the network defines, are not rounded
+    try:
+        module = BUILDERS[case.name](case.config)
+    finally:
+        torch.set_default_dtype(before)
+    module.load_state_dict(module.state_dict() | case.trained)
     return module
 
 
 def require(backend: str, name: str, dtype: torch.dtype) -> None:
     q = torch.zeros(1, 1, 2, 2, dtype=dtype)
+    arguments = {TOPK: (q, q, q, [1]), MASKED: (q, q, q), PYRAMID: (q, [q], [q])}
     for operator in OPERATORS[name]:
-        further = ([1],) if operator is TOPK else ()
-        check_runs(restore_kernels.explain(operator, q, q, q, *further), backend)
+        check_runs(restore_kernels.explain(operator, *arguments[operator]), backend)
 
 
 def errors(got: Results, want: Results) -> dict[str, float]:
@@ -106,11 +125,15 @@ def largest(errors: dict[str, float]) -> tuple[float, str]:
 def test_state_dict_keys_are_the_published_ones(name):
     case = load(name)
     module = build(case)
-    state = module.state_dict()
-    assert [key for key in state if key not in case.shared] == list(case.parameters)
-    assert state.keys() == case.state.keys()
+    assert {key: list(x.shape) for key, x in module.named_buffers()} == case.buffers
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    keys = [key for key in module.state_dict() if key not in buffers]
+    assert [key for key in keys if key not in case.shared] == list(case.parameters)
+    assert set(keys) == case.parameters.keys() | case.shared.keys()
     for key, name in case.shared.items():
         assert module.get_parameter(key) is module.get_parameter(name)
+    for key, x in case.parameters.items():
+        assert module.get_parameter(key).requires_grad == (x is not None)
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu"])

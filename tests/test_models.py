@@ -11,6 +11,8 @@ import restore_kernels
 from restore_nets import create_model, list_models
 from restore_nets.models.blocks import ChannelNorm, reflect
 from restore_nets.models.ddsa import SpatialFeedForward
+from restore_nets.models.pa_edsr import PAEDSR
+from restore_nets.models.panet import PANet
 
 SMALL = {"dim": 8, "num_blocks": (1, 1, 1, 1), "heads": (1, 1, 2, 4)}
 NETWORKS = {
@@ -23,6 +25,9 @@ NETWORKS = {
     "association": {
         "name": "association", "n_feat": 8, "reduction": 1, "num_blocks": 1, "tokens": 3, "token_layers": 1,
     },
+    "panet": {"name": "panet", "n_resblocks": 4, "n_feats": 8},
+    "pa_edsr": {"name": "pa_edsr", "n_resblocks": 2, "n_feats": 16, "reduction": 2},
+    "pa_edsr x3": {"name": "pa_edsr", "n_resblocks": 2, "n_feats": 16, "reduction": 2, "scale": 3},
 }  # fmt: skip
 
 
@@ -48,13 +53,24 @@ def outputs(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tens
 
 
 def test_list_models():
-    assert list_models() == ["association", "ddsa", "drsformer", "elf"]
+    assert list_models() == ["association", "ddsa", "drsformer", "elf", "pa_edsr", "panet"]
 
 
-@pytest.mark.parametrize(("options", "parameters"), [({}, 33_655_424), ({"mefc": False}, 32_610_304)])
-def test_drsformer_has_the_published_size(options, parameters):
+@pytest.mark.parametrize(
+    ("name", "options", "parameters"),
+    [
+        ("drsformer", {}, 33_655_424),
+        ("drsformer", {"mefc": False}, 32_610_304),
+        ("panet", {}, 5_957_279),
+        ("pa_edsr", {}, 40_811_870),
+        ("pa_edsr", {"scale": 3}, 43_762_270),
+        ("pa_edsr", {"scale": 4}, 43_172_190),
+    ],
+    ids=str,
+)
+def test_networks_have_the_published_sizes(name, options, parameters):
     with torch.device("meta"):
-        model = create_model("drsformer", **options)
+        model = create_model(name, **options)
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
@@ -64,12 +80,12 @@ def test_drsformer_has_the_published_size(options, parameters):
         (
             {"name": "drsfomer"},
             ValueError,
-            "name must be one of association, ddsa, drsformer, elf; got 'drsfomer', did you mean",
+            "name must be one of association, ddsa, drsformer, elf, pa_edsr, panet; got 'drsfomer', did you",
         ),
         (
             {"name": "resnet"},
             ValueError,
-            "name must be one of association, ddsa, drsformer, elf; got 'resnet'$",
+            "name must be one of association, ddsa, drsformer, elf, pa_edsr, panet; got 'resnet'$",
         ),
         ({"head": 1}, TypeError, "options dim, .*; got 'head', did you mean heads"),
         ({"topk_ratio": 0.5}, TypeError, "drsformer has the options .*; got 'topk_ratio'"),
@@ -107,6 +123,17 @@ def test_drsformer_has_the_published_size(options, parameters):
         ),
         ({"name": "association", "num_blocks": -1}, ValueError, "num_blocks must be at least 1; got -1"),
         ({"name": "association", "ffn_expansion": 0.01}, ValueError, "ffn_expansion must give at least 1"),
+        ({"name": "panet", "n_resblocks": 3}, ValueError, "n_resblocks must be even: half .*; got 3"),
+        ({"name": "panet", "n_resblocks": 0}, ValueError, "n_resblocks must be at least 1; got 0"),
+        ({"name": "panet", "n_feats": 1}, ValueError, "n_feats must be at least 2, .*; got 1"),
+        ({"name": "panet", "colors": "rgb"}, TypeError, "colors must be an integer; got 'rgb'"),
+        ({"name": "panet", "res_scale": 0}, ValueError, "res_scale must be positive and finite; got 0"),
+        ({"name": "panet", "scale": 2}, TypeError, "panet has the options n_resblocks, .*; got 'scale'"),
+        ({"name": "pa_edsr", "scale": 5}, ValueError, "scale must be one of 2, 3, 4; got 5"),
+        ({"name": "pa_edsr", "scale": 2.0}, TypeError, r"scale must be an integer; got 2\.0"),
+        ({"name": "pa_edsr", "n_feats": 4}, ValueError, "n_feats must be at least 8, .*; got 4"),
+        ({"name": "pa_edsr", "reduction": 0}, ValueError, "reduction must be at least 1; got 0"),
+        ({"name": "pa_edsr", "n_resblocks": 1.5}, TypeError, r"n_resblocks must be an integer; got 1\.5"),
     ],
     ids=str,
 )
@@ -134,8 +161,9 @@ def test_any_size_is_the_reflected_image_cropped(network, size):
     below, right = (-side % network.multiple for side in size)
     padded = torch.from_numpy(np.pad(x, ((0, 0), (0, 0), (0, below), (0, right)), mode="reflect"))
     network.double()
-    for scale, out, of_padded in zip((1, 2), outputs(network(x)), outputs(network(padded)), strict=False):
-        height, width = (-(-side // scale) for side in size)
+    enlarged = getattr(network, "scale", 1)
+    for reduced, out, of_padded in zip((1, 2), outputs(network(x)), outputs(network(padded)), strict=False):
+        height, width = (-(-enlarged * side // reduced) for side in size)
         assert out.shape == (2, 3, height, width)
         # Convolutions of other strides may round otherwise.
         torch.testing.assert_close(out, of_padded[:, :, :height, :width], rtol=0, atol=1e-12)
@@ -174,16 +202,17 @@ def test_autocast(network):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = network(x)
         sum(x.sum() for x in outputs(out)).backward()
-    assert outputs(out)[0].dtype == torch.float32  # the image itself is not rounded
-    # The residual is a few units at most, and bfloat16 holds 8 bits of it.
-    torch.testing.assert_close(out, expected, rtol=0, atol=0.05)
-    assert all(p.grad.isfinite().all() for p in network.parameters())
+    if not isinstance(network, (PANet, PAEDSR)):  # which predict the image, and not what to add to it
+        assert outputs(out)[0].dtype == torch.float32  # the image itself is not rounded
+    # What is predicted is a few units at most, and bfloat16 holds 8 bits of it.
+    torch.testing.assert_close(out, expected, rtol=0, atol=0.05, check_dtype=False)
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.requires_grad)
 
 
 def test_every_parameter_gets_a_gradient(network):
     sum(x.square().sum() for x in outputs(network(image(1, 3, 16, 24)))).backward()
     without = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not without
+    assert without == [name for name, p in network.named_parameters() if not p.requires_grad]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -208,7 +237,7 @@ def test_compiles_as_one_graph_with_its_backward():
         assert (p.grad - grad).abs().max() <= 1e-4 * p.grad.abs().max()
 
 
-@pytest.mark.parametrize("name", ["drsformer", "ddsa", "elf", "association"])
+@pytest.mark.parametrize("name", ["drsformer", "ddsa", "elf", "association", "panet", "pa_edsr"])
 def test_gradients_are_right(name):
     torch.manual_seed(0)
     narrow = {"dim": 4, "heads": (1, 1, 1, 1), "ffn_expansion": 1.0}

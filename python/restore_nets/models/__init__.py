@@ -13,6 +13,8 @@ from restore_nets.models.ddsa import DDSANet
 from restore_nets.models.drsformer import DRSformer
 from restore_nets.models.elf import ELF
 from restore_nets.models.options import suggestion
+from restore_nets.models.pa_edsr import PAEDSR
+from restore_nets.models.panet import PANet
 
 __all__ = ["create_model", "list_models"]
 
@@ -21,6 +23,8 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "ddsa": DDSANet,
     "drsformer": DRSformer,
     "elf": ELF,
+    "pa_edsr": PAEDSR,
+    "panet": PANet,
 }
 
 
@@ -35,7 +39,7 @@ def create_model(name: str, **options: Any) -> nn.Module:
     Args:
         name: one of ``list_models()``.
         options: keywords of the network's class, for example ``dim=48``; see ``DRSformer``, ``DDSANet``,
-            ``ELF`` and ``AssociationNetwork``.
+            ``ELF``, ``AssociationNetwork``, ``PANet`` and ``PAEDSR``.
 
     Returns:
         The network, in training mode, float32, on the CPU.

@@ -80,11 +80,10 @@ def check_levels(name: str, value: Any) -> None:
         check_integer(f"{name}[{level}]", entry)
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[object]) -> None:
     if value not in choices:
-        raise ValueError(
-            f"{name} must be one of {', '.join(choices)}; got {value!r}{suggestion(value, choices)}"
-        )
+        names = [str(choice) for choice in choices]
+        raise ValueError(f"{name} must be one of {', '.join(names)}; got {value!r}{suggestion(value, names)}")
 
 
 def suggestion(value: Any, choices: Iterable[str]) -> str:
