@@ -40,6 +40,12 @@ ARRANGEMENTS = {
     "shared_by_heads": Arrangement(shared=1),
     "constant_along_rows": Arrangement(shared=3),
 }
+# Of an image (B, C, H, W) besides; the rest are of any four dimensions.
+IMAGE_ARRANGEMENTS = ARRANGEMENTS | {
+    "channels_last": Arrangement(order=(0, 2, 3, 1)),
+    "channels_last_slice": Arrangement(order=(0, 2, 3, 1), sliced=3),
+    "crop": Arrangement(sliced=2),
+}
 MARGIN = 64  # elements
 
 
@@ -51,7 +57,7 @@ def arrange(values: Tensor, name: str) -> Tensor:
     """
     if values.dim() == 3:
         return arrange(values.unsqueeze(1), name).squeeze(1)
-    arrangement, shape = ARRANGEMENTS[name], values.shape
+    arrangement, shape = IMAGE_ARRANGEMENTS[name], values.shape
     if arrangement.shared is not None:
         values = values.narrow(arrangement.shared, 0, min(1, shape[arrangement.shared]))
     strides, stride = [0] * 4, arrangement.step

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import conformance
 import pytest
@@ -75,9 +75,16 @@ class AttentionCase:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
-def each_of(
-    cases: Iterable[AttentionCase], backends: Sequence[str], interpreted: int
-) -> pytest.MarkDecorator:
+class SizedCase(Protocol):
+    """What decides which backends run a case."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def work(self) -> int: ...
+
+
+def each_of(cases: Iterable[SizedCase], backends: Sequence[str], interpreted: int) -> pytest.MarkDecorator:
     """Runs the test for every backend and each of the cases that it supports.
 
     The interpreter takes a second for what others do in a millisecond: it gets this many of those

@@ -45,13 +45,14 @@ class Problem:
 
     Attributes:
         operator: the public function.
-        tensors: its tensor arguments by name; each gets a gradient.
+        tensors: its tensor arguments by name; each gets a gradient but for the constants.
         options: its other arguments.
         grad_out: the gradient of its output.
         magnitudes: for ``out`` and every ``grad_<name>``, the sums of the absolute values of the
             terms of each element, float64, broadcastable to it.
         parts: masks, broadcastable to an output, on which it is judged separately (default: all of it
             at once). What is in none of them must be finite and is otherwise not judged.
+        constants: names of tensors that get no gradient.
     """
 
     operator: Callable[..., Tensor]
@@ -60,12 +61,14 @@ class Problem:
     grad_out: Tensor
     magnitudes: Tensors
     parts: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    constants: frozenset[str] = frozenset()
 
 
 def evaluate(problem: Problem, backend: str) -> Tensors:
-    """The output and the gradients of every tensor argument."""
-    leaves = {name: x.detach().requires_grad_() for name, x in problem.tensors.items()}
-    out = problem.operator(**leaves, **problem.options, backend=backend)
+    """The output and the gradients of every tensor argument that gets one."""
+    tensors = {name: x.detach() for name, x in problem.tensors.items()}
+    leaves = {name: x.requires_grad_() for name, x in tensors.items() if name not in problem.constants}
+    out = problem.operator(**tensors, **problem.options, backend=backend)
     grads = torch.autograd.grad(out, list(leaves.values()), problem.grad_out)
     return {"out": out.detach(), **{f"grad_{name}": g for name, g in zip(leaves, grads, strict=True)}}
 

@@ -26,7 +26,8 @@ def model(monkeypatch: pytest.MonkeyPatch, contract: ModuleType) -> Plant:
     monkeypatch.setattr(conformance, "DEVICE", "cpu")
     monkeypatch.setitem(api._CANDIDATES, "cpu", lambda *_: None)
     monkeypatch.setattr(autograd, "overload", overload)
-    monkeypatch.setattr(autograd, "compiled_functions", lambda backend: None)
+    if hasattr(autograd, "compiled_functions"):
+        monkeypatch.setattr(autograd, "compiled_functions", lambda backend: None)
 
     def plant(name: str, wrap: Callable[[Callable], Callable]) -> None:
         monkeypatch.setattr(contract, name, wrap(getattr(contract, name)))
