@@ -278,7 +278,7 @@ class PyramidAttention(nn.Module):
             query, keys, values, patch_size=self.patch_size, softmax_scale=self.softmax_scale,
             eps=self.eps, hard=self.hard,
         )  # fmt: skip
-        return out + self.res_scale * x
+        return self.res_scale * x + out
 
     def project(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """query (B, channels // reduction, H, W), and the keys and values of every level."""
