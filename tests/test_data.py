@@ -7,10 +7,21 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from restore_nets.data import Pair, PairedCrops, RainCrops, read_pairs, read_photos, shrink, with_rain
+from restore_nets.data import (
+    DegradedCrops,
+    Pair,
+    PairedCrops,
+    degraded_pairs,
+    read_pairs,
+    read_photos,
+    shrink,
+)  # fmt: skip
 from restore_nets.images import write_image
 from restore_nets.photos import TRAINING, UNSEEN, shipped_photos
 from restore_nets.rain import random_rain
+from restore_nets.tasks import create_task
+
+RAIN = create_task("derain")
 
 
 def photo(height: int = 40, width: int = 50, seed: int = 0) -> torch.Tensor:
@@ -20,7 +31,7 @@ def photo(height: int = 40, width: int = 50, seed: int = 0) -> torch.Tensor:
 
 def test_batches_depend_on_seed_and_step_alone():
     photos = {"a": photo(), "b": photo(seed=1)}
-    crops = RainCrops(photos, steps=5, batch=3, crop=16, seed=7)
+    crops = DegradedCrops(RAIN, photos, steps=5, batch=3, crop=16, seed=7)
     forwards = [crops[step] for step in range(5)]
     backwards = [crops[step] for step in reversed(range(5))][::-1]
     for (x, y), (x_again, y_again) in zip(forwards, backwards, strict=True):
@@ -28,12 +39,12 @@ def test_batches_depend_on_seed_and_step_alone():
         assert torch.equal(x, x_again)
         assert torch.equal(y, y_again)
     assert not torch.equal(forwards[0][1], forwards[1][1])
-    other = RainCrops(photos, steps=5, batch=3, crop=16, seed=8)
+    other = DegradedCrops(RAIN, photos, steps=5, batch=3, crop=16, seed=8)
     assert not torch.equal(forwards[0][1], other[0][1])
 
 
 def test_loader_processes_give_the_same_batches():
-    crops = RainCrops({"a": photo()}, steps=4, batch=2, crop=16, seed=0)
+    crops = DegradedCrops(RAIN, {"a": photo()}, steps=4, batch=2, crop=16, seed=0)
     for workers in (0, 2):
         loader = DataLoader(crops, batch_size=None, sampler=range(4), num_workers=workers)
         for step, (x, y) in enumerate(loader):
@@ -42,7 +53,7 @@ def test_loader_processes_give_the_same_batches():
 
 
 def test_iteration_ends_after_the_last_step():
-    assert len(list(RainCrops({"a": photo()}, 3, 1, 8, 0))) == 3
+    assert len(list(DegradedCrops(RAIN, {"a": photo()}, 3, 1, 8, 0))) == 3
 
 
 def exponents(crop: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
@@ -53,7 +64,7 @@ def exponents(crop: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
 
 def test_crop_may_be_the_whole_photo_at_another_exposure():
     whole = photo(16, 16).float() / 255
-    for crop in RainCrops({"a": photo(16, 16)}, steps=1, batch=8, crop=16, seed=0)[0][1]:
+    for crop in DegradedCrops(RAIN, {"a": photo(16, 16)}, steps=1, batch=8, crop=16, seed=0)[0][1]:
         gamma = min((exponents(crop, x) for x in (whole, whole.flip(-1))), key=torch.std)
         assert gamma.std() < 1e-4
         assert 0.6 < gamma.mean() < 2.2
@@ -64,7 +75,7 @@ def test_pairs_are_cropped_and_mirrored_together():
     pairs = [Pair("a", 255 - clean, clean)]
     seen = {}
     for step in range(8):
-        x, y = PairedCrops(pairs, steps=8, batch=2, crop=16, seed=0)[step]
+        x, y = PairedCrops(RAIN, pairs, steps=8, batch=2, crop=16, seed=0)[step]
         torch.testing.assert_close(x, 1 - y)
         seen[step] = y
     assert not torch.equal(seen[0], seen[1])
@@ -72,14 +83,14 @@ def test_pairs_are_cropped_and_mirrored_together():
 
 def test_photo_smaller_than_the_crop_is_named():
     with pytest.raises(ValueError, match=r"photo small \(50x10\) must be at least crop=16"):
-        RainCrops({"a": photo(), "small": photo(10, 50)}, 1, 1, 16, 0)
+        DegradedCrops(RAIN, {"a": photo(), "small": photo(10, 50)}, 1, 1, 16, 0)
     with pytest.raises(ValueError, match="at least one photo"):
-        RainCrops({}, 1, 1, 16, 0)
+        DegradedCrops(RAIN, {}, 1, 1, 16, 0)
 
 
 def test_rain_for_evaluation_depends_on_the_seed():
     photos = {"a": photo(), "b": photo()}
-    first, again, other = with_rain(photos, 0), with_rain(photos, 0), with_rain(photos, 1)
+    first, again, other = (degraded_pairs(RAIN, photos, seed) for seed in (0, 0, 1))
     assert [pair.name for pair in first] == ["a", "b"]
     assert torch.equal(first[0].degraded, again[0].degraded)
     assert not torch.equal(first[0].degraded, other[0].degraded)
@@ -88,14 +99,14 @@ def test_rain_for_evaluation_depends_on_the_seed():
 
 
 def test_rain_for_evaluation_tells_where_its_streaks_are():
-    (pair,) = with_rain({"black": torch.zeros(3, 40, 50, dtype=torch.uint8)}, 0)
-    assert pair.streaks is not None
-    assert pair.streaks.shape == (40, 50)
+    (pair,) = degraded_pairs(RAIN, {"black": torch.zeros(3, 40, 50, dtype=torch.uint8)}, 0)
+    assert pair.truth is not None
+    assert pair.truth.shape == (40, 50)
     rng = np.random.default_rng((1, 0, 0))
     light = random_rain(rng).light
     # On black, rain is its light times its opacity.
     for channel in pair.degraded:
-        torch.testing.assert_close(channel / 255, light * pair.streaks, rtol=0, atol=0.5 / 255 + 1e-6)
+        torch.testing.assert_close(channel / 255, light * pair.truth, rtol=0, atol=0.5 / 255 + 1e-6)
 
 
 def save(path, image):

@@ -14,10 +14,12 @@ from scipy.ndimage import median_filter as scipy_median_filter
 import restore_kernels
 import restore_kernels.nn
 from restore_nets import cli, create_model, demo, figures, list_models, load_model
-from restore_nets.demo_recipes import DEFAULT_MODEL, RECIPES, DemoRecipe
+from restore_nets.demo_recipes import DEFAULT_MODELS, DEFAULT_TASK, RECIPES, DemoRecipe
 from restore_nets.images import read_image, write_image
 from restore_nets.kernel_checks import follow_losses
 from restore_nets.restoring import restore
+from restore_nets.tasks import list_tasks
+from restore_nets.tasks.derain import median_filter
 from restore_nets.training import Trainer
 
 
@@ -30,8 +32,13 @@ def small(monkeypatch):
         "ddsa": u_shape,
         "drsformer": {**u_shape, "dim": 8, "mefc": False},
         "elf": {"n_feat": 4},
+        "pa_edsr": {"n_resblocks": 2, "n_feats": 8, "reduction": 2},
+        "panet": {"n_resblocks": 2, "n_feats": 8},
     }
-    recipes = {name: DemoRecipe(values, steps=4, batch=2, crop=16) for name, values in options.items()}
+    recipes = {
+        name: DemoRecipe(values, steps=4, batch=2, crop=16, enlarges=name == "pa_edsr")
+        for name, values in options.items()
+    }
     monkeypatch.setattr(demo, "RECIPES", recipes)
     monkeypatch.setattr(demo, "REPEATED_STEPS", 3)
     monkeypatch.setattr(demo, "SECONDS_FOR_TIMES", 0.01)
@@ -97,7 +104,7 @@ def test_writes_everything(photos, tmp_path, capsys):
     assert outside == []
     assert "@import" not in page
     assert "url(http" not in page
-    repeat = "--model ddsa --steps 4 --seed 0"
+    repeat = "--task derain --model ddsa --steps 4 --seed 0"
     for text in ("Photos the network never saw", "PSNR", "follow eager", "speed-up", repeat):
         assert text in page
     assert "mask" not in page.replace("gate by a mask", "")
@@ -115,7 +122,9 @@ def test_every_network_is_demonstrated(name, photos, tmp_path, capsys):
 
 def test_every_network_has_a_recipe_that_fits_it():
     assert sorted(RECIPES) == list_models()
-    assert DEFAULT_MODEL in RECIPES
+    assert set(DEFAULT_MODELS.values()) <= set(RECIPES)
+    assert list(DEFAULT_MODELS) == list_tasks()
+    assert DEFAULT_TASK in DEFAULT_MODELS
     for name, recipe in RECIPES.items():
         with torch.device("meta"):
             create_model(name, **recipe.options)
@@ -127,11 +136,11 @@ def test_predicted_mask_is_shown_beside_the_true_streaks(photos, tmp_path, capsy
     (unseen,) = result.results
     network = load_model(out / "model.safetensors")
     with torch.no_grad():
-        mask = network.degradation_mask(unseen.rainy[None])[0, 0]
+        mask = network.degradation_mask(unseen.degraded[None])[0, 0]
     torch.testing.assert_close(unseen.mask.mask, mask)
     (pair,) = demo.prepare(result.options).unseen
-    assert torch.equal(unseen.mask.streaks, pair.streaks)
-    expected = np.corrcoef(mask.numpy().ravel(), pair.streaks.numpy().ravel())[0, 1]
+    assert torch.equal(unseen.mask.streaks, pair.truth)
+    expected = np.corrcoef(mask.numpy().ravel(), pair.truth.numpy().ravel())[0, 1]
     assert result.mask_correlation() == pytest.approx(expected, abs=1e-5)
 
     assert read_image(out / "5-mask.png").shape[2] == 3 * 56 + 2 * 8
@@ -213,7 +222,7 @@ def test_seconds_become_steps(photos, tmp_path):
 def test_median_filter_is_that_of_scipy():
     image = photo(0, 13, 17)
     expected = scipy_median_filter(image.numpy(), size=(1, 3, 3), mode="nearest")
-    assert torch.equal(demo.median_filter(image), torch.from_numpy(expected))
+    assert torch.equal(median_filter(image), torch.from_numpy(expected))
 
 
 def test_busiest_window_finds_the_difference():

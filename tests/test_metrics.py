@@ -28,6 +28,9 @@ def luma(image: torch.Tensor) -> np.ndarray:
 
 
 def compared(image: torch.Tensor, preset: str) -> np.ndarray:
+    if preset.startswith("sr-x"):
+        border = int(preset[-1])
+        image = image[:, border:-border, border:-border]
     if not PRESETS[preset].luma:
         return (image.double().numpy() * 255).round()
     y = luma(image)[None]
@@ -37,7 +40,7 @@ def compared(image: torch.Tensor, preset: str) -> np.ndarray:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("size", [(11, 11), (47, 60), (64, 33)])
 def test_agrees_with_scikit_image(preset, size):
-    noisy, clean = pictures(*size)
+    noisy, clean = pictures(*(side + 2 * PRESETS[preset].crop for side in size))
     x, y = compared(noisy, preset), compared(clean, preset)
     result = score(noisy, clean, preset)
     assert result.psnr == pytest.approx(peak_signal_noise_ratio(y, x, data_range=255), rel=1e-12)
@@ -51,6 +54,18 @@ def test_known_value():
     # One level of difference everywhere: 20 log10(255).
     image = torch.full((3, 16, 16), 100 / 255)
     assert score(image, image + 1 / 255, "denoise").psnr == pytest.approx(20 * math.log10(255), rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_super_resolution_leaves_out_the_scale_along_the_borders(scale):
+    image = pictures(40, 50)[0]
+    spoilt = image.clone()
+    for border in (spoilt[:, :scale], spoilt[:, -scale:], spoilt[..., :scale], spoilt[..., -scale:]):
+        border.fill_(0)
+    assert score(spoilt, image, f"sr-x{scale}").psnr == math.inf
+    spoilt[:, scale, scale] = 0
+    assert score(spoilt, image, f"sr-x{scale}").psnr < math.inf
+    assert f"without {scale} pixels along the borders" in str(PRESETS[f"sr-x{scale}"])
 
 
 def test_equal_pictures():
@@ -71,5 +86,9 @@ def test_bad_arguments():
         score(image, image, "rain")
     with pytest.raises(ValueError, match=r"H, W >= 11; got \(3, 10, 16\)"):
         score(image[:, :10], image[:, :10], "derain")
+    with pytest.raises(ValueError, match=r"did you mean derain-did"):
+        score(image, image, "derain-di")
+    with pytest.raises(ValueError, match=r"H, W >= 17; got \(3, 16, 16\)"):
+        score(image, image, "sr-x3")
     with pytest.raises(ValueError, match="target must have the shape of image"):
         score(image, image[:, :12], "derain")

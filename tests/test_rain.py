@@ -11,6 +11,7 @@ import torch
 from restore_nets.metrics import score
 from restore_nets.photos import UNSEEN, shipped_photos
 from restore_nets.rain import Rain, RainLayer, add_rain, rain_opacity, random_rain, streak_kernel
+from restore_nets.tasks.derain import median_filter
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -99,8 +100,6 @@ def test_seed_decides():
 
 def test_heavy_rain_on_photos_is_not_removed_by_simple_means():
     """The task is worth a network: a median filter, or the best constant shift, gains less than 2 dB."""
-    from restore_nets.demo import median_filter
-
     gains = []
     for index, photo in enumerate(shipped_photos(UNSEEN).values()):
         generator = rng(index)

@@ -43,11 +43,12 @@ def photo(height: int, width: int) -> Tensor:
 @pytest.mark.parametrize("length", [1, 191, 192, 193, 257, 320, 321, 1000, 4000])
 def test_spans_cover_a_side_with_weights_that_sum_to_one(length, tile):
     total = torch.zeros(length)
-    for start, end, weights in spans(length, tile):
-        assert 0 <= start < end <= length
-        assert end - start <= tile
-        assert (weights > 0).all()
-        total[start:end] += weights
+    for span in spans(length, tile):
+        assert 0 <= span.start < span.end <= length
+        assert span.start % 2 == 0
+        assert span.end - span.start <= tile
+        assert (span.weights > 0).all()
+        total[span.start : span.end] += span.weights
     torch.testing.assert_close(total, torch.ones(length))
 
 
@@ -64,8 +65,8 @@ def test_tiles_of_a_local_network_equal_the_whole(size):
     assert (tiled - whole).abs().max() < 0.4 * 2.5 / OVERLAP
     inside = torch.ones(size, dtype=torch.bool)
     for axis, length in enumerate(size):
-        for start, end, _ in list(spans(length, SMALLEST_TILE)):
-            for edge in {start, end} - {0, length}:
+        for span in list(spans(length, SMALLEST_TILE)):
+            for edge in {span.start, span.end} - {0, length}:
                 inside.index_fill_(axis, torch.arange(edge - 3, edge + 3), False)
     torch.testing.assert_close(tiled[:, inside], whole[:, inside], rtol=0, atol=1e-6)
 
@@ -88,7 +89,7 @@ def test_no_seams_where_tiles_differ_in_level():
     """Tiles whose results differ by a constant fade into each other: no step is steeper than the fade."""
     ramp = torch.linspace(0.2, 0.8, 700).expand(3, 200, 700).contiguous()
     restored = restore(Level(), ramp, tile=256)
-    means = [float(ramp[0, 0, start:end].mean()) for start, end, _ in spans(700, 256)]
+    means = [float(ramp[0, 0, span.inside].mean()) for span in spans(700, 256)]
     largest_jump = max(abs(a - b) for a, b in pairwise(means))
     steps = (restored[:, :, 1:] - restored[:, :, :-1]).abs().max()
     assert largest_jump > 0.1  # cut without overlap, this would be a seam

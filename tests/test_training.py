@@ -11,16 +11,18 @@ import torch
 from torch import nn
 
 from restore_nets import create_model, load_model
-from restore_nets.data import RainCrops
+from restore_nets.data import DegradedCrops
 from restore_nets.images import write_image
 from restore_nets.models.subtasks import half_size
 from restore_nets.recipe import DataRecipe, load_recipe
 from restore_nets.running import run_recipe
+from restore_nets.tasks import create_task
 from restore_nets.training import Trainer, TrainingConfig, available_device, schedule
 
 TINY = {
     "name": "ddsa", "dim": 4, "num_blocks": [1, 1, 1, 1], "heads": [1, 1, 1, 1], "ffn_expansion": 1.0,
 }  # fmt: skip
+RAIN = create_task("derain")
 RECIPE = {"what": "a test"}
 
 
@@ -32,7 +34,7 @@ def photo(height: int = 40, width: int = 50) -> torch.Tensor:
 
 def trainer(steps: int = 6, seed: int = 0, **config: object) -> Trainer:
     torch.manual_seed(seed)
-    crops = RainCrops({"a": photo()}, steps, batch=2, crop=16, seed=seed)
+    crops = DegradedCrops(RAIN, {"a": photo()}, steps, batch=2, crop=16, seed=seed)
     return Trainer(create_model(**TINY), crops, TrainingConfig(steps, **config))
 
 
@@ -50,7 +52,7 @@ def test_training_is_decided_by_the_seed():
     assert first.losses != other.losses
 
 
-class OneBatch(RainCrops):
+class OneBatch(DegradedCrops):
     """The same batch at every step."""
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +61,7 @@ class OneBatch(RainCrops):
 
 def test_training_learns():
     torch.manual_seed(0)
-    crops = OneBatch({"a": photo()}, 60, batch=2, crop=16, seed=0)
+    crops = OneBatch(RAIN, {"a": photo()}, 60, batch=2, crop=16, seed=0)
     run = Trainer(create_model(**TINY), crops, TrainingConfig(60, learning_rate=5e-3))
     run.train()
     assert run.losses[-1] < 0.6 * run.losses[0]
@@ -146,9 +148,9 @@ class TwoOutputs(nn.Module):
         return x - self.fine(x), small - self.coarse(small)
 
 
-def two_outputs(steps: int = 6, batches: type[RainCrops] = RainCrops, **config: object) -> Trainer:
+def two_outputs(steps: int = 6, batches: type[DegradedCrops] = DegradedCrops, **config: object) -> Trainer:
     torch.manual_seed(0)
-    crops = batches({"a": photo()}, steps, batch=2, crop=16, seed=0)
+    crops = batches(RAIN, {"a": photo()}, steps, batch=2, crop=16, seed=0)
     return Trainer(TwoOutputs(), crops, TrainingConfig(steps, learning_rate=1e-2, **config))
 
 
@@ -208,7 +210,7 @@ def test_divergence_at_half_resolution_stops_training():
 
 
 def test_crops_must_hold_the_window_of_ssim():
-    crops = RainCrops({"a": photo()}, 1, batch=1, crop=10, seed=0)
+    crops = DegradedCrops(RAIN, {"a": photo()}, 1, batch=1, crop=10, seed=0)
     Trainer(create_model(**TINY), crops, TrainingConfig(1))
     with pytest.raises(ValueError, match="crop must be at least 11 where ssim_weight is not 0; got 10"):
         Trainer(create_model(**TINY), crops, TrainingConfig(1, ssim_weight=0.1))

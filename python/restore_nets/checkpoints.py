@@ -1,7 +1,8 @@
 """Checkpoints: published ones read safely, our own written whole and rebuilt from themselves.
 
 Our files are safetensors whose metadata entry ``model`` holds, as JSON, the keywords of
-``create_model``: ``{"name": "ddsa", "dim": 24, ...}``.
+``create_model``: ``{"name": "ddsa", "dim": 24, ...}``. The entry ``task``, if there, holds those of
+``create_task``: what the weights were trained for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,12 @@ from torch import Tensor, nn
 from restore_nets.files import written_whole
 from restore_nets.models import create_model, list_models
 
+if TYPE_CHECKING:
+    from restore_nets.tasks import Task
+
 # safetensors is imported where it is used: the networks themselves run with torch alone.
 
-METADATA_KEY = "model"
+METADATA_KEY, TASK_KEY = "model", "task"
 _WRAPPINGS = ("params_ema", "params", "state_dict", "model")  # the averaged weights first
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 _LISTED = 5
@@ -57,7 +61,9 @@ def load_checkpoint(model: nn.Module, path: StrPath, strict: bool = True) -> Non
     model.load_state_dict(state, strict=strict)
 
 
-def save_checkpoint(model: nn.Module, path: StrPath, config: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    model: nn.Module, path: StrPath, config: Mapping[str, Any], task: Mapping[str, Any] | None = None
+) -> None:
     """Write a model's weights to a safetensors file that ``load_model`` can rebuild the model from.
 
     The file is written whole or not at all: an existing one is replaced in the last step.
@@ -66,6 +72,7 @@ def save_checkpoint(model: nn.Module, path: StrPath, config: Mapping[str, Any]) 
         model: any network of ``create_model``.
         path: ends in ``.safetensors``; its folder exists.
         config: the keywords that ``create_model`` made the model with, ``name`` included.
+        task: those of ``create_task`` that say what it was trained for, for ``load_task``.
 
     Raises:
         ValueError: another suffix, or a config that does not make a model of these keys and shapes.
@@ -88,8 +95,11 @@ def save_checkpoint(model: nn.Module, path: StrPath, config: Mapping[str, Any]) 
         raise ValueError(f"config does not describe this model: {'; '.join(problems)}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist")
+    metadata = {METADATA_KEY: json.dumps(dict(config)), "format": "pt"}
+    if task is not None:
+        metadata[TASK_KEY] = json.dumps(dict(task))
     with written_whole(path) as temporary:
-        save_file(state, temporary, metadata={METADATA_KEY: json.dumps(dict(config)), "format": "pt"})
+        save_file(state, temporary, metadata=metadata)
 
 
 def load_model(path: StrPath, name: str | None = None, **options: Any) -> nn.Module:
@@ -136,28 +146,53 @@ def _model_of(path: Path) -> nn.Module:
         raise ValueError(f"{path} describes a network that cannot be made: {error}") from error
 
 
+def load_task(path: StrPath) -> Task | None:
+    """What the weights of a file of ``save_checkpoint`` were trained for; None where it does not say it.
+
+    Raises:
+        ValueError: the file names a task that there is not, or is not readable.
+        OSError: it cannot be opened.
+    """
+    from restore_nets.tasks import create_task
+
+    path = Path(path)
+    metadata = _read_metadata(path)
+    if TASK_KEY not in metadata:
+        return None
+    try:
+        return create_task(**_read_keywords(path, metadata, TASK_KEY))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} describes a task that cannot be made: {error}") from error
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     """The keywords of ``create_model`` that a file of ``save_checkpoint`` holds."""
-    metadata: dict[str, str] = {}
-    if _is_safetensors(path):
-        with _open_safetensors(path) as file:
-            metadata = file.metadata() or {}
-    else:
-        _check_opens(path)
+    metadata = _read_metadata(path)
     if METADATA_KEY not in metadata:
         raise ValueError(
             f"{path} does not say which network it is for; name one of {', '.join(list_models())} "
             "(on the command line: --model NAME)"
         )
+    return _read_keywords(path, metadata, METADATA_KEY)
+
+
+def _read_metadata(path: Path) -> Mapping[str, str]:
+    if not _is_safetensors(path):
+        _check_opens(path)
+        return {}
+    with _open_safetensors(path) as file:
+        return file.metadata() or {}
+
+
+def _read_keywords(path: Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
-        config = json.loads(metadata[METADATA_KEY])
+        keywords = json.loads(metadata[key])
     except json.JSONDecodeError:
-        config = None
-    if not isinstance(config, dict) or not isinstance(config.get("name"), str):
-        raise ValueError(
-            f"{path} must describe its network as JSON with a name; got {metadata[METADATA_KEY]!r}"
-        )
-    return config
+        keywords = None
+    if not isinstance(keywords, dict) or not isinstance(keywords.get("name"), str):
+        what = "network" if key == METADATA_KEY else key
+        raise ValueError(f"{path} must describe its {what} as JSON with a name; got {metadata[key]!r}")
+    return keywords
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from restore_nets.demo_recipes import DEFAULT_MODEL, RECIPES
+from restore_nets.demo_recipes import DEFAULT_MODELS, DEFAULT_TASK, RECIPES
 
 app = typer.Typer(
     help="Train and run networks that restore photos.",
@@ -25,10 +25,17 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # type: ignore[ass
 USAGE, FAILED, INTERRUPTED = 2, 1, 130
 
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")]
+_LEVEL = "sigma of denoise (any), quality of jpeg (1 to 100), scale of sr (2, 3 or 4)"
 
 
 @app.command()
 def demo(
+    task: Annotated[
+        str, typer.Option(metavar="NAME", help=f"What to learn: one of {', '.join(DEFAULT_MODELS)}.")
+    ] = DEFAULT_TASK,
+    level: Annotated[
+        float | None, typer.Option(help=f"Of the task: {_LEVEL}; by default 30, 10 and 2.")
+    ] = None,
     photos: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Your own clean photos, instead of those of scikit-image."),
@@ -38,32 +45,40 @@ def demo(
         typer.Option(metavar="DIR", help="Your own pairs: DIR/input and DIR/target, equal file names."),
     ] = None,
     model: Annotated[
-        str, typer.Option(metavar="NAME", help=f"The network: one of {', '.join(RECIPES)}.")
-    ] = DEFAULT_MODEL,
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"The network, instead of the task's own: one of {', '.join(RECIPES)} (for sr: pa_edsr).",
+        ),
+    ] = None,
     device: Device = "cpu",
     steps: Annotated[
         int | None, typer.Option(help="Training steps, instead of the default of the network.")
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Train about this long, instead of --steps.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, crops and rain.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights, crops and degradations.")] = 0,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where pictures, weights and report go.")] = Path(
         "out/demo"
     ),
 ) -> None:
-    """Train a small network here, restore rainy photos, report.
+    """Train a small network here, restore degraded photos, report.
 
-    Trains for one to three minutes (by the network, on 2 cores) on photos in synthetic rain, restores
-    photos that it never saw, and writes pictures, weights, the loss curve and report.html.
+    Trains for one to four minutes (by the network, on 2 cores) on photos that are degraded here (by rain,
+    Gaussian noise, a Bayer mosaic, JPEG or bicubic shrinking), restores photos that it never saw, and
+    writes pictures, weights, the loss curve and report.html.
     """
     from rich.console import Console
 
     from restore_nets.demo import Options, run
+    from restore_nets.tasks import task_at
 
     console = Console()
-    result = run(Options(out, photos, data, device, steps, seconds, seed, model), console)
+    options = Options(out, photos, data, device, steps, seconds, seed, model, task_at(task, level))
+    result = run(options, console)
     before, after = (result.mean(which, "psnr") for which in ("before", "after"))
     console.print(
-        f"PSNR of unseen photos: {before:.2f} dB rainy, {after:.2f} dB restored ({result.gain:+.2f} dB)."
+        f"PSNR of unseen photos: {before:.2f} dB {options.task.labels.before}, {after:.2f} dB restored "
+        f"({result.gain:+.2f} dB)."
     )
     if (correlation := result.mask_correlation()) is not None:
         console.print(f"Degradation mask and true streaks correlate by {correlation:.3f} (Pearson, mean).")
@@ -79,6 +94,15 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")
     ] = False,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help=f"What to learn, instead of the recipe's: {', '.join(DEFAULT_MODELS)}."
+        ),
+    ] = None,
+    level: Annotated[
+        float | None, typer.Option(help=f"Of the task, instead of the recipe's: {_LEVEL}.")
+    ] = None,
     half_weight: Annotated[
         float | None, typer.Option(help="Weight of the loss at half resolution, instead of the recipe's.")
     ] = None,
@@ -92,10 +116,11 @@ def train(
     """Train a network by a recipe.
 
     A recipe has the keys model (name and options), data (photos: a folder of clean photos, or pairs:
-    a folder with input/ and target/), out and steps, and may have learning_rate, weight_decay, batch,
-    crop, seed, precision (float32 or bfloat16), device, workers, checkpoint_every and the weights of
-    losses beside Charbonnier's of the restored image: half_weight (0.8; for networks that also return
-    a result at half resolution), edge_weight (0) and ssim_weight (0).
+    a folder with input/ and target/), out and steps, and may have task (derain, demosaic,
+    {name: denoise, sigma: 30}, {name: jpeg, quality: 10} or {name: sr, scale: 2}), learning_rate,
+    weight_decay, batch, crop, seed, precision (float32 or bfloat16), device, workers, checkpoint_every and
+    the weights of losses beside Charbonnier's of the restored image: half_weight (0.8; for networks that
+    also return a result at half resolution), edge_weight (0) and ssim_weight (0).
     """
     from dataclasses import replace
 
@@ -103,11 +128,15 @@ def train(
 
     from restore_nets.recipe import load_recipe
     from restore_nets.running import run_recipe
+    from restore_nets.tasks import task_at
 
     console = Console()
+    recipe = load_recipe(config)
+    if task is not None or level is not None:
+        recipe = replace(recipe, task=task_at(task or recipe.task.name, level))
     losses = {"half_weight": half_weight, "edge_weight": edge_weight, "ssim_weight": ssim_weight}
     given = {name: weight for name, weight in losses.items() if weight is not None}
-    weights = run_recipe(replace(load_recipe(config), **given), resume, console)
+    weights = run_recipe(replace(recipe, **given), resume, console)
     console.print(f"Weights: {weights}", soft_wrap=True)
 
 
@@ -140,12 +169,14 @@ def restore(
 ) -> None:
     """Restore photos with a trained network.
 
-    The inputs are never overwritten; earlier results in --out are replaced. A published checkpoint needs
-    its network named: --model drsformer --option mefc=false --option "heads=[1, 2, 4, 8]".
+    The inputs are never overwritten; earlier results in --out are replaced. A network for super-resolution
+    enlarges. Networks of pyramid attention find their matches in a whole photo with --tile 0. A
+    published checkpoint needs its network named: --model drsformer --option mefc=false --option
+    "heads=[1, 2, 4, 8]".
     """
     from rich.console import Console
 
-    from restore_nets.checkpoints import load_model
+    from restore_nets.checkpoints import load_model, load_task
     from restore_nets.progress import progress
     from restore_nets.restoring import check_tile, plan, restore_files
     from restore_nets.training import available_device
@@ -156,10 +187,13 @@ def restore(
         raise ValueError(f"--option {', '.join(options)} needs --model, the network that has it")
     work = plan(inputs, out)
     network = load_model(weights, model, **options).to(available_device(device))
+    trained_for = load_task(weights)
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     with progress(console, "restoring", len(work.jobs)) as advance:
-        failures = restore_files(network, work.jobs, tile, lambda job: advance(job.source.name))
+        failures = restore_files(network, work.jobs, tile, lambda job: advance(job.source.name), trained_for)
+    if trained_for is not None:
+        console.print(f"Trained for: {trained_for}")
     console.print(
         f"{len(work.jobs) - len(failures)} of {len(work.jobs)} photos restored to {out}", soft_wrap=True
     )

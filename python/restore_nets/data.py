@@ -1,4 +1,4 @@
-"""Training data: random crops of photos, in synthetic rain or paired with a degraded photo.
+"""Training data: random crops of photos, degraded here or paired with a degraded photo.
 
 A batch is a function of the seed and the number of the step alone. So training can resume at any
 step, and any number of loader processes gives the same batches.
@@ -18,55 +18,63 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from restore_nets.images import from_bytes, is_image_name, read_image, to_bytes
-from restore_nets.rain import add_rain, cover, rain_opacity, random_rain
+from restore_nets.tasks import Task
 
 Photos = Mapping[str, Tensor]  # name -> (3, H, W), uint8
 
 # Seeds of different purposes must not meet: the first entry of every seed sequence says which it is.
-_TRAINING_SEED, _RAIN_SEED = 0, 1
-# Mostly darker: it rains at dusk too, and streaks show most on what is dark.
-_GAMMA = (0.6, 2.2)
+_TRAINING_SEED, _DEGRADATION_SEED = 0, 1
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A degraded photo and the clean one: (3, H, W), uint8, of one size.
+    """A degraded photo and the clean one.
 
-    Where the rain was made here, ``streaks`` is the truth about it: the opacity of the drops before
-    every pixel, (H, W), float32 in [0, 1].
+    Args:
+        name: of the photo.
+        degraded: (3, H / scale, W / scale) for the scale of the task; uint8, or float32 where the
+            degradation is none that an 8-bit file could hold (see ``Task.eight_bit``).
+        clean: (3, H, W), uint8.
+        truth: what is known about a degradation that was made here (see ``Task.degrade_with_truth``):
+            of rain, the opacity of the drops before every pixel, (H, W), float32 in [0, 1].
     """
 
     name: str
     degraded: Tensor
     clean: Tensor
-    streaks: Tensor | None = None
+    truth: Tensor | None = None
 
 
 class Crops(Dataset[tuple[Tensor, Tensor]], ABC):
-    """Batches of crops: item ``step`` is (degraded, clean), each (batch, 3, crop, crop), float32 in [0, 1].
+    """Batches of crops: item ``step`` is (degraded, clean), float32, clean in [0, 1].
+
+    Shapes: (batch, 3, crop / scale, crop / scale) and (batch, 3, crop, crop), for the task's scale.
 
     Args:
-        sizes: (height, width) of every photo by name.
+        task: what separates degraded from clean.
+        sizes: (height, width) of every clean photo by name.
         steps: number of batches.
         batch: crops per batch.
-        crop: side of the crops, in pixels.
+        crop: side of the clean crops, in pixels; a multiple of the scale.
         seed: of everything random.
 
     Raises:
-        ValueError: no photos, or one smaller than the crop.
+        ValueError: no photos, one smaller than the crop, or a crop that the scale does not divide.
     """
 
     def __init__(
-        self, sizes: Mapping[str, Sequence[int]], steps: int, batch: int, crop: int, seed: int
+        self, task: Task, sizes: Mapping[str, Sequence[int]], steps: int, batch: int, crop: int, seed: int
     ) -> None:
         if not sizes:
             raise ValueError("training needs at least one photo; got none")
+        if crop % task.scale:
+            raise ValueError(f"crop must be a multiple of the scale of {task}; got {crop}")
         for name, (height, width) in sizes.items():
             if min(height, width) < crop:
                 raise ValueError(
                     f"photo {name} ({width}x{height}) must be at least crop={crop} pixels wide and high"
                 )
-        self.steps, self.batch, self.crop, self.seed = steps, batch, crop, seed
+        self.task, self.steps, self.batch, self.crop, self.seed = task, steps, batch, crop, seed
 
     def __len__(self) -> int:
         return self.steps
@@ -80,55 +88,93 @@ class Crops(Dataset[tuple[Tensor, Tensor]], ABC):
 
     @abstractmethod
     def _sample(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """One random crop, degraded and clean: (3, crop, crop), float32 in [0, 1]."""
+        """One random crop, degraded and clean."""
 
-    def _window(self, height: int, width: int, rng: np.random.Generator) -> tuple[slice, slice]:
-        top, left = (int(rng.integers(side - self.crop + 1)) for side in (height, width))
-        return slice(top, top + self.crop), slice(left, left + self.crop)
+    def _corner(self, photo: Tensor, rng: np.random.Generator, unit: int = 1) -> tuple[int, int]:
+        """Where in a photo (3, H, W) a crop begins: top and left, multiples of the unit."""
+        top, left = (unit * int(rng.integers((side - self.crop) // unit + 1)) for side in photo.shape[1:])
+        return top, left
 
 
-class RainCrops(Crops):
-    """Crops of clean photos, mirrored and brightened or darkened at random, each in a new synthetic rain."""
+class DegradedCrops(Crops):
+    """Crops of clean photos, turned at random and degraded, each anew."""
 
-    def __init__(self, photos: Photos, steps: int, batch: int, crop: int, seed: int) -> None:
-        super().__init__({name: photo.shape[1:] for name, photo in photos.items()}, steps, batch, crop, seed)
+    def __init__(self, task: Task, photos: Photos, steps: int, batch: int, crop: int, seed: int) -> None:
+        sizes = {name: photo.shape[1:] for name, photo in photos.items()}
+        super().__init__(task, sizes, steps, batch, crop, seed)
         self.photos = list(photos.values())
 
     def _sample(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         photo = self.photos[rng.integers(len(self.photos))]
-        rows, columns = self._window(photo.shape[1], photo.shape[2], rng)
-        clean = from_bytes(_mirrored(photo[:, rows, columns], rng)) ** float(rng.uniform(*_GAMMA))
-        return add_rain(clean, random_rain(rng), rng), clean
+        crop = _square(photo, *self._corner(photo, rng), self.crop)
+        clean = from_bytes(_oriented(self.task, rng, crop)[0])
+        if self.task.exposures is not None:
+            clean = clean ** float(rng.uniform(*self.task.exposures))
+        return self.task.degrade(clean, rng), clean
 
 
 class PairedCrops(Crops):
-    """Crops of pairs, mirrored at random."""
+    """Crops of pairs, turned at random."""
 
-    def __init__(self, pairs: Sequence[Pair], steps: int, batch: int, crop: int, seed: int) -> None:
-        super().__init__({pair.name: pair.clean.shape[1:] for pair in pairs}, steps, batch, crop, seed)
-        self.pairs = [torch.stack((pair.degraded, pair.clean)) for pair in pairs]
+    def __init__(
+        self, task: Task, pairs: Sequence[Pair], steps: int, batch: int, crop: int, seed: int
+    ) -> None:
+        super().__init__(task, {pair.name: pair.clean.shape[1:] for pair in pairs}, steps, batch, crop, seed)
+        self.pairs = list(pairs)
 
     def _sample(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        pair = self.pairs[rng.integers(len(self.pairs))]  # (2, 3, H, W)
-        rows, columns = self._window(pair.shape[2], pair.shape[3], rng)
-        degraded, clean = from_bytes(_mirrored(pair[:, :, rows, columns], rng))
+        pair, task = self.pairs[int(rng.integers(len(self.pairs)))], self.task
+        top, left = self._corner(pair.clean, rng, unit=max(task.scale, task.period))
+        small = (x // task.scale for x in (top, left, self.crop))
+        crops = (_square(pair.degraded, *small), _square(pair.clean, top, left, self.crop))
+        if task.period == 1:
+            crops = _oriented(task, rng, *crops)
+        degraded, clean = map(values, crops)
         return degraded, clean
 
 
-def _mirrored(x: Tensor, rng: np.random.Generator) -> Tensor:
-    """x or its mirror image, left for right; rain goes on falling downwards."""
-    return x.flip(-1) if rng.random() < 0.5 else x
+def synthetic_crops(task: Task, photos: Photos, steps: int, batch: int, crop: int, seed: int) -> Crops:
+    """Crops of clean photos and of what the task makes of them.
+
+    Where a degraded pixel depends on its neighbours, whole photos are degraded: the border of a crop
+    is then none of a photo, and JPEG's blocks begin anywhere in it.
+    """
+    if task.from_neighbours:
+        return PairedCrops(task, degraded_pairs(task, photos, seed), steps, batch, crop, seed)
+    return DegradedCrops(task, photos, steps, batch, crop, seed)
 
 
-def with_rain(photos: Photos, seed: int) -> list[Pair]:
-    """Each photo in a rain of its own, rounded to 8 bits as a camera would, and where its streaks are."""
+def _square(picture: Tensor, top: int, left: int, side: int) -> Tensor:
+    return picture[:, top : top + side, left : left + side]
+
+
+def _oriented(task: Task, rng: np.random.Generator, *pictures: Tensor) -> tuple[Tensor, ...]:
+    """The pictures mirrored and, where the task allows it, turned, all in the same way."""
+    if rng.random() < 0.5:
+        pictures = tuple(x.flip(-1) for x in pictures)
+    if not task.upright:
+        quarters = int(rng.integers(4))
+        pictures = tuple(x.rot90(quarters, (-2, -1)) for x in pictures)
+    return pictures
+
+
+def values(picture: Tensor) -> Tensor:
+    """A picture of a ``Pair`` as float32: bytes in [0, 1], others as they are."""
+    return from_bytes(picture) if picture.dtype == torch.uint8 else picture
+
+
+def degraded_pairs(task: Task, photos: Photos, seed: int) -> list[Pair]:
+    """Each photo degraded whole, from a seed of its own, and rounded to 8 bits where the task allows it.
+
+    Photos are cropped at the bottom and on the right to multiples of the task's scale.
+    """
     pairs = []
-    for index, (name, clean) in enumerate(photos.items()):
-        rng = np.random.default_rng((_RAIN_SEED, seed, index))
-        rain = random_rain(rng)
-        streaks = rain_opacity(rain, clean.shape[1], clean.shape[2], rng)
-        rainy = cover(from_bytes(clean), streaks, rain.light)
-        pairs.append(Pair(name, to_bytes(rainy), clean, streaks))
+    for index, (name, photo) in enumerate(photos.items()):
+        rng = np.random.default_rng((_DEGRADATION_SEED, seed, index))
+        height, width = (side - side % task.scale for side in photo.shape[1:])
+        clean = photo[:, :height, :width]
+        degraded, truth = task.degrade_with_truth(from_bytes(clean), rng)
+        pairs.append(Pair(name, to_bytes(degraded) if task.eight_bit else degraded, clean, truth))
     return pairs
 
 
@@ -147,11 +193,14 @@ def read_photos(folder: Path) -> dict[str, Tensor]:
     return photos
 
 
-def read_pairs(folder: Path) -> list[Pair]:
+def read_pairs(folder: Path, scale: int = 1) -> list[Pair]:
     """Pairs of files of the same name in ``folder/input`` (degraded) and ``folder/target`` (clean).
 
+    Args:
+        scale: the clean photo is this many times as high and wide as the degraded one.
+
     Raises:
-        ValueError: files without a partner, partners of different sizes, or none that can be read.
+        ValueError: files without a partner, partners of other sizes, or none that can be read.
         OSError: a folder cannot be opened.
     """
     degraded, clean = read_photos(folder / "input"), read_photos(folder / "target")
@@ -160,9 +209,13 @@ def read_pairs(folder: Path) -> list[Pair]:
         where = "target" if lonely[0] in degraded else "input"
         raise ValueError(f"{folder}: {lonely[0]} is missing in {where}/ ({len(lonely)} without a partner)")
     for name in clean:
-        if degraded[name].shape != clean[name].shape:
+        expected = tuple(scale * side for side in degraded[name].shape[1:])
+        if clean[name].shape[1:] != expected:
+            must = "have one size in input/ and target/" if scale == 1 else (
+                f"be {scale} times as wide and high in target/ as in input/"
+            )  # fmt: skip
             sizes = " and ".join(f"{x.shape[2]}x{x.shape[1]}" for x in (degraded[name], clean[name]))
-            raise ValueError(f"{folder}: {name} must have one size in input/ and target/; got {sizes}")
+            raise ValueError(f"{folder}: {name} must {must}; got {sizes}")
     return [Pair(name, degraded[name], clean[name]) for name in clean]
 
 
@@ -175,3 +228,19 @@ def shrink(photo: Tensor, longer_side: int) -> Tensor:
     size = [max(1, round(side * scale)) for side in (height, width)]
     resized = F.interpolate(from_bytes(photo)[None], size=size, mode="bicubic", antialias=True)[0]
     return to_bytes(resized)
+
+
+def middle(pair: Pair, longest_side: int, task: Task) -> Pair:
+    """The middle of a pair: at most this many pixels a side of the clean photo, the task's pattern kept."""
+    unit = max(task.scale, task.period)
+    sides = [min(side, longest_side - longest_side % unit) for side in pair.clean.shape[1:]]
+    starts = [
+        (whole - side) // (2 * unit) * unit for whole, side in zip(pair.clean.shape[1:], sides, strict=True)
+    ]
+
+    def cut(picture: Tensor, scale: int = 1) -> Tensor:
+        (top, left), (height, width) = ([x // scale for x in xs] for xs in (starts, sides))
+        return picture[..., top : top + height, left : left + width]
+
+    truth = None if pair.truth is None else cut(pair.truth)
+    return Pair(pair.name, cut(pair.degraded, task.scale), cut(pair.clean), truth)

@@ -1,4 +1,4 @@
-"""The demonstration: train a small network on rainy photos, restore photos it never saw, report.
+"""The demonstration: train a small network on degraded photos, restore photos it never saw, report.
 
 Everything happens here, in a few minutes on two CPU cores: no download, no weights from elsewhere.
 """
@@ -7,21 +7,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
 from restore_nets import figures, report
 from restore_nets.attention_calls import AttentionTimes, attention_calls, time_attention
 from restore_nets.checkpoints import save_checkpoint
-from restore_nets.data import Crops, Pair, PairedCrops, RainCrops, read_pairs, read_photos, shrink, with_rain
-from restore_nets.demo_recipes import DEFAULT_MODEL, RECIPES, DemoRecipe
+from restore_nets.data import (
+    Crops,
+    Pair,
+    PairedCrops,
+    degraded_pairs,
+    middle,
+    read_pairs,
+    read_photos,
+    shrink,
+    synthetic_crops,
+    values,
+)
+from restore_nets.demo_recipes import DEFAULT_MODELS, RECIPES, DemoRecipe
 from restore_nets.images import from_bytes, to_bytes, write_image
 from restore_nets.kernel_checks import EAGER_RUNS, Agreement, follow_losses
 from restore_nets.masks import MaskCheck, check_mask
@@ -31,9 +42,9 @@ from restore_nets.models.options import suggestion
 from restore_nets.photos import TRAINING, UNSEEN, shipped_photos
 from restore_nets.progress import progress
 from restore_nets.restoring import restore
+from restore_nets.tasks import Task, create_task
 from restore_nets.training import Trainer, TrainingConfig, available_device
 
-METRIC = "derain"
 UNSEEN_SHARE, MOST_UNSEEN = 0.2, 4  # of the user's own photos
 LONGER_SIDE = 800  # to which the user's own photos are scaled down
 TILE = 0  # whole photos: none is longer than that
@@ -44,7 +55,10 @@ SECONDS_FOR_TIMES = 6.0  # of attention, all its calls together
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says; photos or pairs, or the photos of scikit-image; steps or seconds."""
+    """What the command line says; photos or pairs, or the photos of scikit-image; steps or seconds.
+
+    ``model`` None: the one that ``DEFAULT_MODELS`` names for the task.
+    """
 
     out: Path
     photos: Path | None = None
@@ -53,12 +67,19 @@ class Options:
     steps: int | None = None
     seconds: float | None = None
     seed: int = 0
-    model: str = DEFAULT_MODEL
+    model: str | None = None
+    task: Task = field(default_factory=lambda: create_task("derain"))
 
     def __post_init__(self) -> None:
-        if self.model not in RECIPES:
-            near = suggestion(self.model, RECIPES)
-            raise ValueError(f"model must be one of {', '.join(RECIPES)}; got {self.model!r}{near}")
+        if self.name not in RECIPES:
+            near = suggestion(self.name, RECIPES)
+            raise ValueError(f"model must be one of {', '.join(RECIPES)}; got {self.name!r}{near}")
+        fitting = [name for name, recipe in RECIPES.items() if recipe.enlarges == (self.task.scale > 1)]
+        if self.name not in fitting:
+            does = "enlarges photos" if self.recipe.enlarges else "keeps the size of photos"
+            raise ValueError(
+                f"model must be one of {', '.join(fitting)} for the task {self.task}; {self.name} {does}"
+            )
         if self.photos is not None and self.pairs is not None:
             raise ValueError("give either --photos or --data, not both")
         if self.steps is not None and self.seconds is not None:
@@ -71,8 +92,26 @@ class Options:
             raise ValueError(f"seed must not be negative; got {self.seed}")
 
     @property
+    def name(self) -> str:
+        """Of the network."""
+        return self.model or DEFAULT_MODELS[self.task.name]
+
+    @property
     def recipe(self) -> DemoRecipe:
-        return RECIPES[self.model]
+        return RECIPES[self.name]
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """The keywords of ``create_model``."""
+        scale = {"scale": self.task.scale} if self.recipe.enlarges else {}
+        return {"name": self.name, **self.recipe.options, **scale}
+
+    @property
+    def again(self) -> str:
+        """The arguments that name task and network."""
+        task = self.task
+        level = "" if task.level is None else f" --level {getattr(task, task.level):g}"
+        return f"--task {task.name}{level} --model {self.name}"
 
 
 @dataclass(frozen=True)
@@ -87,14 +126,17 @@ class Material:
 
 @dataclass(frozen=True)
 class Result:
-    """One unseen photo: (3, H, W) in [0, 1], and how near each picture is to the clean one."""
+    """One unseen photo: (3, H, W), and how near each picture is to the clean one.
+
+    ``degraded`` is the photo at full size as it is without a network, see ``Task.before``.
+    """
 
     name: str
-    rainy: Tensor
+    degraded: Tensor
     restored: Tensor
     clean: Tensor
     before: Score
-    filtered: Score  # by a 3x3 median, the classical remedy
+    classical: Score | None  # of the classical remedy, where the task has one
     after: Score
     mask: MaskCheck | None = None  # of networks that predict one
 
@@ -111,7 +153,11 @@ class Demo:
     results: list[Result]
     times: list[AttentionTimes]
     agreement: Agreement | None  # None where training itself ran on eager PyTorch
-    metric: str = METRIC
+
+    @property
+    def metric(self) -> str:
+        """The preset of the task."""
+        return self.options.task.metric
 
     @property
     def backend(self) -> str:
@@ -129,7 +175,7 @@ class Demo:
 
     @property
     def gain(self) -> float:
-        """Mean PSNR of the restored photos minus that of the rainy ones, in dB."""
+        """Mean PSNR of the restored photos minus that of the photos before, in dB."""
         return self.mean("after", "psnr") - self.mean("before", "psnr")
 
 
@@ -156,13 +202,13 @@ def run(options: Options, console: Console) -> Demo:
     with progress(console, "training", steps) as advance:
         trainer.train(lambda loss: advance(f"loss {loss:.4f}"))
     training_seconds = time.perf_counter() - started
-    config = {"name": options.model, **options.recipe.options}
-    save_checkpoint(trainer.model, options.out / "model.safetensors", config)
+    weights = options.out / "model.safetensors"
+    save_checkpoint(trainer.model, weights, options.network, options.task.config())
 
     results = []
     with progress(console, "restoring", len(material.unseen)) as advance:
         for pair in material.unseen:
-            results.append(restore_pair(trainer.model, pair))
+            results.append(restore_pair(trainer.model, pair, options.task))
             advance(pair.name)
     calls = attention_calls(trainer.model, trainer.crops[0][0].to(device))
     times = []
@@ -184,22 +230,22 @@ def run(options: Options, console: Console) -> Demo:
 
 def prepare(options: Options) -> Material:
     """Read the photos and keep some unseen."""
-    size = (options.recipe.batch, options.recipe.crop, options.seed)
+    task, recipe = options.task, options.recipe
+    size = (recipe.batch, recipe.crop * task.scale, options.seed)
     if options.pairs is not None:
-        pairs = [
-            Pair(p.name, shrink(p.degraded, LONGER_SIDE), shrink(p.clean, LONGER_SIDE))
-            for p in read_pairs(options.pairs)
-        ]
+        pairs = read_pairs(options.pairs, task.scale)  # not shrunk: that would change the degradation
         count = len(pairs) - _unseen_count(len(pairs), options.pairs)
-        training, unseen = pairs[:count], pairs[count:]
-        return Material(lambda n: PairedCrops(training, n, *size), [p.name for p in training], unseen, False)
+        training, unseen = pairs[:count], [middle(pair, recipe.restored, task) for pair in pairs[count:]]
+        names = [pair.name for pair in training]
+        return Material(lambda n: PairedCrops(task, training, n, *size), names, unseen, False)
     if options.photos is not None:
         photos = {name: shrink(photo, LONGER_SIDE) for name, photo in read_photos(options.photos).items()}
         count = len(photos) - _unseen_count(len(photos), options.photos)
         seen, kept = dict(list(photos.items())[:count]), dict(list(photos.items())[count:])
     else:
         seen, kept = shipped_photos(TRAINING), shipped_photos(UNSEEN)
-    return Material(lambda n: RainCrops(seen, n, *size), list(seen), with_rain(kept, options.seed), True)
+    unseen = [middle(pair, recipe.restored, task) for pair in degraded_pairs(task, kept, options.seed)]
+    return Material(lambda n: synthetic_crops(task, seen, n, *size), list(seen), unseen, True)
 
 
 def _unseen_count(photos: int, folder: Path) -> int:
@@ -214,8 +260,7 @@ def make_trainer(material: Material, options: Options, steps: int) -> Trainer:
     """The training run at its start; the seed decides all of it."""
     torch.manual_seed(options.seed)
     config = TrainingConfig(steps, options.recipe.learning_rate, device=options.device)
-    model = create_model(options.model, **options.recipe.options)
-    return Trainer(model, material.crops(steps), config)
+    return Trainer(create_model(**options.network), material.crops(steps), config)
 
 
 def steps_within(seconds: float, make: Callable[[], Trainer]) -> int:
@@ -227,27 +272,28 @@ def steps_within(seconds: float, make: Callable[[], Trainer]) -> int:
     return max(1, round(seconds / median(durations)))
 
 
-def restore_pair(model: nn.Module, pair: Pair) -> Result:
-    rainy, clean = from_bytes(pair.degraded), from_bytes(pair.clean)
-    restored = from_bytes(to_bytes(restore(model, rainy, TILE)))  # as in the file that is written
-    scores = [score(picture, clean, METRIC) for picture in (rainy, median_filter(rainy), restored)]
-    mask = check_mask(model, rainy, restored, pair.streaks)
-    return Result(pair.name, rainy, restored, clean, *scores, mask=mask)
+def restore_pair(model: nn.Module, pair: Pair, task: Task) -> Result:
+    degraded, clean = values(pair.degraded), from_bytes(pair.clean)
+    before, classical = task.before(degraded), task.classical(degraded)
+    restored = from_bytes(to_bytes(restore(model, degraded, TILE)))  # as in the file that is written
 
+    def scored(picture: Tensor) -> Score:
+        return score(picture, clean, task.metric)
 
-def median_filter(image: Tensor) -> Tensor:
-    """The 3x3 median of every pixel and channel of (3, H, W), borders repeated."""
-    padded = F.pad(image[None], (1, 1, 1, 1), mode="replicate")
-    return F.unfold(padded.transpose(0, 1), 3).median(dim=1).values.view_as(image)
+    return Result(
+        pair.name, before, restored, clean, scored(before),
+        None if classical is None else scored(classical), scored(restored),
+        check_mask(model, degraded, restored, pair.truth),
+    )  # fmt: skip
 
 
 def write(demo: Demo) -> None:
     """The pictures, the loss curve and the report."""
-    out = demo.options.out
+    out, before = demo.options.out, demo.options.task.labels.before
     for result in demo.results:
         name = Path(result.name).stem
         pictures = {
-            f"rainy {result.before.psnr:.1f} dB": result.rainy,
+            f"{before} {result.before.psnr:.1f} dB": result.degraded,
             f"restored {result.after.psnr:.1f} dB": result.restored,
             "clean": result.clean,
         }

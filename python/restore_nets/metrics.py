@@ -9,9 +9,12 @@ derain     Rain100, Rain200, SPA-Data      Y of rounded 8-bit YCbCr
 derain-did DID-Data, DDN-Data              Y, not rounded
 denoise    denoising, demosaicing          RGB
 jpeg       JPEG artifacts                  Y of rounded 8-bit YCbCr
+sr-x2      super-resolution by 2           Y of rounded 8-bit YCbCr, without 2 pixels along the borders
+sr-x3      super-resolution by 3           the same without 3 pixels
+sr-x4      super-resolution by 4           the same without 4 pixels
 ========== =============================== ==========================================================
 
-All compare whole pictures, rounded to 8 bits as an image file holds them. YCbCr is that of BT.601
+All compare pictures rounded to 8 bits as an image file holds them. YCbCr is that of BT.601
 with Y in 16..235. SSIM is that of Wang et al. (2004): an 11x11 Gaussian window of sigma 1.5 where it
 fits into the picture, K1 = 0.01, K2 = 0.03, averaged over pixels and channels. The peak is 255.
 """
@@ -27,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from restore_nets.models.options import suggestion
+
 PEAK = 255.0
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
@@ -36,17 +41,20 @@ LUMA_OFFSET = 16.0
 
 @dataclass(frozen=True)
 class Preset:
-    """A metric convention: which channels are compared, and whether Y is rounded."""
+    """A metric convention: which channels are compared, whether Y is rounded, how much border is left out."""
 
     name: str
     luma: bool
     round_luma: bool = True
+    crop: int = 0  # pixels
 
     def __str__(self) -> str:
-        return {
-            (True, True): "Y channel of rounded 8-bit YCbCr (BT.601), no crop, 11x11 Gaussian SSIM",
-            (True, False): "unrounded Y channel of YCbCr (BT.601), no crop, 11x11 Gaussian SSIM",
-        }.get((self.luma, self.round_luma), "RGB, no crop, 11x11 Gaussian SSIM")
+        channels = {
+            (True, True): "Y channel of rounded 8-bit YCbCr (BT.601)",
+            (True, False): "unrounded Y channel of YCbCr (BT.601)",
+        }.get((self.luma, self.round_luma), "RGB")
+        crop = f"without {self.crop} pixels along the borders" if self.crop else "no crop"
+        return f"{channels}, {crop}, 11x11 Gaussian SSIM"
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -57,6 +65,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             Preset("derain-did", luma=True, round_luma=False),
             Preset("denoise", luma=False),
             Preset("jpeg", luma=True),
+            *(Preset(f"sr-x{scale}", luma=True, crop=scale) for scale in (2, 3, 4)),
         )
     }
 )
@@ -74,18 +83,18 @@ def score(image: Tensor, target: Tensor, preset: str) -> Score:
     """PSNR and SSIM of a picture against its target.
 
     Args:
-        image, target: (3, H, W) with H, W >= 11, values in [0, 1].
+        image, target: (3, H, W) with H, W >= 11 beside what the preset crops, values in [0, 1].
         preset: a name in ``PRESETS``.
 
     Raises:
         ValueError: an unknown preset, or pictures that do not fit.
     """
     if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
-    if image.dim() != 3 or image.shape[0] != 3 or min(image.shape[1:]) < SSIM_WINDOW:
-        raise ValueError(
-            f"image must have shape (3, H, W) with H, W >= {SSIM_WINDOW}; got {tuple(image.shape)}"
-        )
+        near = suggestion(preset, PRESETS)
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}{near}")
+    smallest = SSIM_WINDOW + 2 * PRESETS[preset].crop
+    if image.dim() != 3 or image.shape[0] != 3 or min(image.shape[1:]) < smallest:
+        raise ValueError(f"image must have shape (3, H, W) with H, W >= {smallest}; got {tuple(image.shape)}")
     if target.shape != image.shape:
         raise ValueError(
             f"target must have the shape of image, {tuple(image.shape)}; got {tuple(target.shape)}"
@@ -96,7 +105,9 @@ def score(image: Tensor, target: Tensor, preset: str) -> Score:
 
 def _channels(image: Tensor, preset: Preset) -> Tensor:
     """What is compared: (1 or 3, H, W), float64 in [0, 255]."""
-    levels = (image.detach().cpu().double().clamp(0, 1) * PEAK).round()
+    height, width = image.shape[1:]
+    inside = image[:, preset.crop : height - preset.crop, preset.crop : width - preset.crop]
+    levels = (inside.detach().cpu().double().clamp(0, 1) * PEAK).round()
     if not preset.luma:
         return levels
     luma = torch.tensordot(levels.new_tensor(LUMA) / PEAK, levels, dims=1)[None] + LUMA_OFFSET

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
 
-from restore_nets.data import Crops, PairedCrops, RainCrops, read_pairs, read_photos
+from restore_nets.data import Crops, PairedCrops, read_pairs, read_photos, synthetic_crops
 from restore_nets.losses import HALF_WEIGHT
 from restore_nets.models.options import suggestion
 from restore_nets.photos import TRAINING, shipped_photos
+from restore_nets.tasks import Task, create_task
 from restore_nets.training import TrainingConfig
 
 SHIPPED = "scikit-image"
@@ -22,7 +23,7 @@ class DataRecipe:
     """Where training data come from: exactly one of the two.
 
     Args:
-        photos: a folder of clean photos, on which synthetic rain falls, or ``scikit-image`` for those
+        photos: a folder of clean photos, which the task degrades, or ``scikit-image`` for those
             inside that package.
         pairs: a folder with ``input/`` (degraded) and ``target/`` (clean) photos of the same names.
     """
@@ -44,11 +45,12 @@ class Recipe:
         model: ``name`` and options, as for ``create_model``.
         data: see ``DataRecipe``.
         out: folder for the checkpoint, the weights and the losses.
+        task: a name, or ``name`` and level, as for ``create_task``: ``{name: denoise, sigma: 30}``.
         steps, learning_rate, weight_decay, precision, device, workers, half_weight, edge_weight,
             ssim_weight: see ``TrainingConfig``.
         batch: crops per step.
-        crop: their side, in pixels.
-        seed: of the initial weights, the crops and the rain.
+        crop: their side, in pixels of the clean photo; a multiple of the task's scale.
+        seed: of the initial weights, the crops and the degradations.
         checkpoint_every: steps between checkpoints.
     """
 
@@ -56,6 +58,7 @@ class Recipe:
     data: DataRecipe
     out: Path
     steps: int
+    task: Task = field(default_factory=lambda: create_task("derain"))
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     batch: int = 8
@@ -85,15 +88,16 @@ class Recipe:
         """The training batches. Reads all photos, so that one that cannot be read is known at the start."""
         size = (self.steps, self.batch, self.crop, self.seed)
         if self.data.pairs is not None:
-            return PairedCrops(read_pairs(Path(self.data.pairs)), *size)
+            return PairedCrops(self.task, read_pairs(Path(self.data.pairs), self.task.scale), *size)
         if self.data.photos == SHIPPED:
-            return RainCrops(shipped_photos(TRAINING), *size)
-        return RainCrops(read_photos(Path(str(self.data.photos))), *size)
+            return synthetic_crops(self.task, shipped_photos(TRAINING), *size)
+        return synthetic_crops(self.task, read_photos(Path(str(self.data.photos))), *size)
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on besides the training config, as plain data."""
         data = {f.name: getattr(self.data, f.name) for f in fields(DataRecipe)}
-        return {"model": self.model, "data": data, "batch": self.batch, "crop": self.crop, "seed": self.seed}
+        what = {"model": self.model, "data": data, "task": self.task.config()}
+        return {**what, "batch": self.batch, "crop": self.crop, "seed": self.seed}
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -122,7 +126,8 @@ def _build(kind: type[Any], content: Any, where: str) -> Any:
     for key in content:
         if key not in types:
             raise ValueError(f"{where} has no key {key!r}{suggestion(key, types)}; it has {', '.join(types)}")
-    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in content]
+    needed = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING]
+    missing = [name for name in needed if name not in content]
     if missing:
         raise ValueError(f"{where} must have {', '.join(missing)}")
     return kind(**{key: _convert(types[key], value, key) for key, value in content.items()})
@@ -131,6 +136,8 @@ def _build(kind: type[Any], content: Any, where: str) -> Any:
 def _convert(kind: Any, value: Any, key: str) -> Any:
     if kind is DataRecipe:
         return _build(DataRecipe, value, key)
+    if kind is Task:
+        return _task(value)
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float:
@@ -140,6 +147,13 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
     if kind is Path or not isinstance(value, python) or isinstance(value, bool):
         raise TypeError(f"{key} must be {expected}; got {value!r}")
     return value
+
+
+def _task(value: Any) -> Task:
+    options = {"name": value} if isinstance(value, str) else value
+    if not isinstance(options, dict) or "name" not in options:
+        raise TypeError(f"task must be a name, or a mapping of name and level; got {value!r}")
+    return create_task(**options)
 
 
 def _number(value: Any, key: str) -> float:

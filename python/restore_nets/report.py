@@ -27,14 +27,18 @@ MAGNIFY = 3
 
 def write(demo: Demo, path: Path) -> None:
     """Write the report, whole or not at all."""
+    before = demo.options.task.labels.before
     environment = Environment(
         loader=PackageLoader("restore_nets"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     page = environment.get_template("report.html").render(
         demo=demo,
-        photos=[_photo(result) for result in demo.results],
-        mask_photos=[_mask(result, result.mask) for result in demo.results if result.mask is not None],
+        labels=demo.options.task.labels,
+        photos=[_photo(result, before) for result in demo.results],
+        mask_photos=[
+            _mask(result, result.mask, before) for result in demo.results if result.mask is not None
+        ],
         mask_correlation=demo.mask_correlation(),
         loss_curve=figures.svg(figures.loss_curve(demo.losses)),
         agreement_curve=_agreement_curve(demo.agreement),
@@ -56,10 +60,10 @@ def _agreement_curve(agreement: Agreement | None) -> str:
     )
 
 
-def _photo(result: Result) -> dict[str, Any]:
-    """A result and its pictures, whole and a detail where the rain is heaviest."""
-    rows, columns = figures.busiest_window(result.rainy - result.clean, DETAIL)
-    pictures = {"rainy": result.rainy, "restored": result.restored, "clean": result.clean}
+def _photo(result: Result, before: str) -> dict[str, Any]:
+    """A result and its pictures, whole and a detail where most was to be done."""
+    rows, columns = figures.busiest_window(result.degraded - result.clean, DETAIL)
+    pictures = {before: result.degraded, "restored": result.restored, "clean": result.clean}
     return {
         "result": result,
         "whole": {name: figures.data_uri(picture) for name, picture in pictures.items()},
@@ -69,9 +73,9 @@ def _photo(result: Result) -> dict[str, Any]:
     }
 
 
-def _mask(result: Result, check: MaskCheck) -> dict[str, Any]:
+def _mask(result: Result, check: MaskCheck, before: str) -> dict[str, Any]:
     """A result and the pictures of its mask by caption."""
-    pictures = {"rainy": result.rainy, **check.pictures()}
+    pictures = {before: result.degraded, **check.pictures()}
     return {
         "result": result,
         "mask": {name: figures.data_uri(picture) for name, picture in pictures.items()},

@@ -12,10 +12,16 @@ from torch import Tensor, nn
 
 from restore_nets.images import is_image_name, read_colour_profile, read_image, write_image
 from restore_nets.losses import outputs_of
+from restore_nets.tasks import Task
 
 DEFAULT_TILE = 512
 OVERLAP = 64  # pixels that neighbouring tiles share, over which one fades into the other
 SMALLEST_TILE = 3 * OVERLAP  # so that no pixel lies in three tiles of a row
+
+
+def scale_of(model: nn.Module) -> int:
+    """How many times as high and wide as its input a network's output is: its attribute ``scale``, or 1."""
+    return getattr(model, "scale", 1)
 
 
 def restore(model: nn.Module, image: Tensor, tile: int = DEFAULT_TILE) -> Tensor:
@@ -26,29 +32,30 @@ def restore(model: nn.Module, image: Tensor, tile: int = DEFAULT_TILE) -> Tensor
     needs memory for one tile, whatever the size of the photo.
 
     Args:
-        model: maps (1, 3, H, W) to (1, 3, H, W), or to a pair of which that is the first; used on the
-            device of its parameters.
-        image: (3, H, W), float32 in [0, 1].
+        model: maps (1, 3, H, W) to (1, 3, s H, s W), where s is its attribute ``scale`` (1 if there is
+            none), or to a pair of which that is the first; used on the device of its parameters.
+        image: (3, H, W), float32; values in [0, 1], or beyond where noise was not clipped.
         tile: longest side that the network sees at once, in pixels, at least ``SMALLEST_TILE``; 0
             for the whole photo whatever its size.
 
     Returns:
-        (3, H, W), float32 in [0, 1], on the device of image.
+        (3, s H, s W), float32 in [0, 1], on the device of image.
     """
     if image.dim() != 3 or image.shape[0] != 3:
         raise ValueError(f"image must have shape (3, H, W); got {tuple(image.shape)}")
     check_tile(tile)
     device = next(model.parameters(), image).device
     height, width = image.shape[1:]
-    restored = torch.zeros_like(image)
+    scale = scale_of(model)
+    restored = image.new_zeros(3, scale * height, scale * width)
     model.eval()
     with torch.inference_mode():
-        for top, bottom, row_weights in spans(height, tile or height):
-            for left, right, column_weights in spans(width, tile or width):
-                piece = image[None, :, top:bottom, left:right].to(device, memory_format=torch.channels_last)
-                weights = row_weights[:, None] * column_weights
-                result, _ = outputs_of(model(piece))
-                restored[:, top:bottom, left:right] += result[0].float().to(image.device) * weights
+        for rows in spans(height, tile or height, scale):
+            for columns in spans(width, tile or width, scale):
+                piece = image[None, :, rows.inside, columns.inside]
+                result, _ = outputs_of(model(piece.to(device, memory_format=torch.channels_last)))
+                weights = rows.weights[:, None] * columns.weights
+                restored[:, rows.outside, columns.outside] += result[0].float().to(image.device) * weights
     return restored.clamp_(0, 1)
 
 
@@ -57,20 +64,45 @@ def check_tile(tile: int) -> None:
         raise ValueError(f"tile must be 0 (the whole photo) or at least {SMALLEST_TILE} pixels; got {tile}")
 
 
-def spans(length: int, tile: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Cut a side into overlapping spans: (start, end, weights), where all weights on a pixel sum to 1."""
+@dataclass(frozen=True)
+class Span:
+    """A part of a side of a photo.
+
+    Args:
+        start, end: in pixels of the photo.
+        weights: of its pixels in the result, (scale * (end - start),); those on one pixel sum to 1.
+        scale: pixels of the result for one of the photo.
+    """
+
+    start: int
+    end: int
+    weights: Tensor
+    scale: int
+
+    @property
+    def inside(self) -> slice:
+        return slice(self.start, self.end)
+
+    @property
+    def outside(self) -> slice:
+        return slice(self.scale * self.start, self.scale * self.end)
+
+
+def spans(length: int, tile: int, scale: int = 1) -> Iterator[Span]:
+    """Cut a side into overlapping spans; all start at even pixels, as the pattern of a Bayer mosaic does."""
     count = 1 if length <= tile else math.ceil((length - OVERLAP) / (tile - OVERLAP))
     size = length if count == 1 else math.ceil((length + (count - 1) * OVERLAP) / count)
-    starts = [round(i * (length - size) / max(1, count - 1)) for i in range(count)]
+    size -= (length - size) % 2
+    starts = [2 * round(i * (length - size) / max(1, count - 1) / 2) for i in range(count)]
     for i, start in enumerate(starts):
-        weights = torch.ones(size)
+        weights = torch.ones(scale * size)
         if i > 0:
-            shared = starts[i - 1] + size - start
+            shared = scale * (starts[i - 1] + size - start)
             weights[:shared] = _fade_in(shared)
         if i + 1 < count:
-            shared = start + size - starts[i + 1]
-            weights[size - shared :] = 1 - _fade_in(shared)
-        yield start, start + size, weights
+            shared = scale * (start + size - starts[i + 1])
+            weights[scale * size - shared :] = 1 - _fade_in(shared)
+        yield Span(start, start + size, weights, scale)
 
 
 def _fade_in(length: int) -> Tensor:
@@ -143,12 +175,14 @@ def _check_destinations(jobs: Sequence[Job]) -> None:
 
 
 def restore_files(
-    model: nn.Module, jobs: Sequence[Job], tile: int, on_file: Callable[[Job], None] | None = None
-) -> dict[Path, str]:
+    model: nn.Module, jobs: Sequence[Job], tile: int, on_file: Callable[[Job], None] | None = None,
+    task: Task | None = None,
+) -> dict[Path, str]:  # fmt: skip
     """Restore photos one by one; one that fails does not stop the others, and leaves no file.
 
     Args:
         on_file: called after each photo.
+        task: that the network was trained for, if known: says how it takes a photo.
 
     Returns:
         Why photos failed: source -> one line.
@@ -156,7 +190,8 @@ def restore_files(
     failures = {}
     for job in jobs:
         try:
-            restored = restore(model, read_image(job.source), tile)
+            photo = read_image(job.source)
+            restored = restore(model, photo if task is None else task.network_input(photo), tile)
             job.destination.parent.mkdir(parents=True, exist_ok=True)
             write_image(job.destination, restored, read_colour_profile(job.source))
         except (OSError, ValueError, RuntimeError, MemoryError) as error:

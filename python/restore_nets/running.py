@@ -40,7 +40,7 @@ def run_recipe(recipe: Recipe, resume: bool, console: Console) -> Path:
         while len(trainer.losses) < recipe.steps:
             until = len(trainer.losses) + recipe.checkpoint_every
             trainer.train(lambda loss: advance(f"loss {loss:.4f}"), until - until % recipe.checkpoint_every)
-            save_checkpoint(trainer.model, weights, recipe.model)
+            save_checkpoint(trainer.model, weights, recipe.model, recipe.task.config())
             write_text(recipe.out / LOSSES, _table(trainer.losses))
             trainer.save(checkpoint, recipe.identity())
     return weights

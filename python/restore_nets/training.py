@@ -16,6 +16,7 @@ from restore_nets.data import Crops
 from restore_nets.files import written_whole
 from restore_nets.losses import HALF_WEIGHT, training_loss
 from restore_nets.metrics import SSIM_WINDOW
+from restore_nets.restoring import scale_of
 
 PRECISIONS = ("float32", "bfloat16")
 ADAM_BETAS = (0.9, 0.99)
@@ -75,16 +76,17 @@ class Trainer:
     that is not interrupted.
 
     Args:
-        model: maps degraded (B, 3, H, W) to restored (B, 3, H, W), or to a pair of that and the
-            restored image at half resolution; moved to the config's device.
-        crops: the batches.
+        model: maps degraded (B, 3, H, W) to restored (B, 3, s H, s W), where s is its attribute
+            ``scale`` (1 if there is none), or to a pair of that and the restored image at half
+            resolution; moved to the config's device.
+        crops: the batches, of a task of that scale.
         config: see there.
 
     Attributes:
         losses: one per step taken; their number is the next step.
 
     Raises:
-        ValueError, RuntimeError: a device that does not exist.
+        ValueError, RuntimeError: a device that does not exist, or crops that do not fit.
     """
 
     def __init__(self, model: nn.Module, crops: Crops, config: TrainingConfig) -> None:
@@ -93,6 +95,11 @@ class Trainer:
         if config.ssim_weight and crops.crop < SSIM_WINDOW:
             raise ValueError(
                 f"crop must be at least {SSIM_WINDOW} where ssim_weight is not 0; got {crops.crop}"
+            )
+        if scale_of(model) != crops.task.scale:
+            raise ValueError(
+                f"model must enlarge photos {crops.task.scale} times for the task {crops.task}; "
+                f"{type(model).__name__} enlarges {scale_of(model)} times"
             )
         self.device = available_device(config.device)
         self.model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
