@@ -56,8 +56,9 @@ def norms(key: Tensor, size: int) -> Tensor:
 
 def level_scores(query: Tensor, key: Tensor, size: int, scale: float, eps: float) -> Tensor:
     """(B, H, W, h, w)."""
-    pairs = torch.einsum("bcyx,bcvu->byxvu", query, key)
-    return scale * box(pairs, size) / clamped(norms(key, size), eps)[:, None, None]
+    pairs = box(torch.einsum("bcyx,bcvu->byxvu", query, key), size)
+    divisor = clamped(norms(key, size), eps)[:, None, None]
+    return torch.where(divisor.isinf(), 0, scale * pairs / divisor)  # a norm that overflows: no inf / inf
 
 
 def joined(levels: Sequence[Tensor]) -> Tensor:

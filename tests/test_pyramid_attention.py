@@ -161,8 +161,8 @@ def test_zero_images(backend, name):
 
 # What query and keys are multiplied by: all products of patches stay within float32.
 MAGNITUDES = [
-    *((torch.float32, *sizes) for sizes in ((1e4, 1e4), (1e-12, 1e15), (1e15, 1e-12), (1e-3, 1e18))),
-    *((torch.bfloat16, *sizes) for sizes in ((1e4, 1e4), (1e-12, 1e15))),
+    *((torch.float32, *sizes) for sizes in ((1e4, 1e4), (1e-6, 1e12), (1e15, 1e-12), (1e-3, 1e18))),
+    *((torch.bfloat16, *sizes) for sizes in ((1e4, 1e4), (1e-6, 1e12))),
     *((torch.float16, *sizes) for sizes in ((1e-2, 4e3), (1e3, 1e-2))),  # at 4e3 squares overflow it
 ]
 
@@ -230,7 +230,7 @@ def test_every_element_is_written(backend, case):
 def test_results_are_bitwise_reproducible(backend, dtype):
     """In every run; and the CPU's results are right with one thread and with two."""
     interpreted = backend in INTERPRETED
-    case = TINY if interpreted else Case((2, 16, 24, 40, 37), pyramid(40, 37))
+    case = TINY if interpreted else Case((2, 8, 9, 24, 23), pyramid(24, 23))
     problem, threads = build(replace(case, dtype=dtype)), torch.get_num_threads()
     for count in (1, 2) if backend == "cpu" else (threads,):
         torch.set_num_threads(count)
