@@ -43,7 +43,8 @@ def compiled_extensions():
     for name, flags in INSTRUCTION_SETS.items():
         capability = name.upper()
         flags = [
-            "-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
+            "-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
+            "-fvisibility=hidden",
             "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-ignored-qualifiers",
             f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}",
             f"-DRESTORE_KERNELS_FLAGS=\"{' '.join(flags)}\"", *flags,

@@ -1,0 +1,224 @@
+// Diagonal box filters over matrices of products, and what is computed from their sums.
+//
+// The product of query row y and key row j is a tile: a row per key pixel, a lane per query pixel. A
+// patch score sums products along diagonals, S[n, l] = Σ_d s[n + d, l + d]: within a tile along x, and
+// over the tiles of rows (y + d, j + d) along y. Tiles therefore come in chains, (y, y + offset) for all
+// y, and a filter keeps the last 2 * radius of them, filtered along x. One loop reads a new tile, keeps
+// it filtered along x, and hands the sum over the kept ones, still in registers, to what consumes it.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+
+#include "pyramid_levels.h"
+
+namespace restore_kernels {
+inline namespace CPU_CAPABILITY {
+namespace pyramid {
+
+constexpr int64_t kLargestRadius = 3;
+
+// Weights below this (as a logarithm) are 0: the sum of 2^40 of them would still round to nothing.
+template <typename T>
+constexpr T kNegligible = -(std::numeric_limits<T>::digits + 40) * T(0.6931471805599453);
+
+// exp(x) for x up to about 0; 0 where x is negligible.
+template <typename T>
+inline Vec<T> weight(Vec<T> x) {
+  return Vec<T>::blendv(Vec<T>(T(0)), x.exp(), x >= Vec<T>(kNegligible<T>));
+}
+
+template <typename T>
+inline bool any_above(Vec<T> a, Vec<T> b) {
+  T x[Vec<T>::size()], y[Vec<T>::size()];
+  a.store(x), b.store(y);
+  bool any = false;
+  for (int i = 0; i < Vec<T>::size(); ++i) any |= x[i] > y[i];
+  return any;
+}
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+// The library's exponentials are calls, which spill the registers around them.
+inline Vec<float> exp_polynomial(Vec<float> r) {  // relative error 3e-9 for |r| <= log(2) / 2
+  Vec<float> p(1.3814539757e-3f);
+  for (const float c : {8.3687451418e-3f, 4.1668390792e-2f, 1.66665203987e-1f, 4.9999993432e-1f, 1.f, 1.f})
+    p = at::vec::fmadd(p, r, Vec<float>(c));
+  return p;
+}
+constexpr float kLog2E = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
+#endif
+
+#if defined(CPU_CAPABILITY_AVX512)
+template <>
+inline Vec<float> weight(Vec<float> x) {
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(kLog2E)), _MM_FROUND_TO_NEAREST_INT);
+  const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLn2Low), _mm512_fnmadd_ps(n, _mm512_set1_ps(kLn2High), x));
+  const __mmask16 matters = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kNegligible<float>), _CMP_GE_OQ);
+  return _mm512_maskz_scalef_ps(matters, exp_polynomial(r), n);
+}
+template <>
+inline bool any_above(Vec<float> a, Vec<float> b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+}
+template <>
+inline bool any_above(Vec<double> a, Vec<double> b) {
+  return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ) != 0;
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+template <>
+inline Vec<float> weight(Vec<float> x) {
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(kLog2E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2Low), _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2High), x));
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  const __m256 matters = _mm256_cmp_ps(x, _mm256_set1_ps(kNegligible<float>), _CMP_GE_OQ);
+  return _mm256_and_ps(matters, _mm256_mul_ps(exp_polynomial(r), _mm256_castsi256_ps(power)));
+}
+template <>
+inline bool any_above(Vec<float> a, Vec<float> b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+}
+template <>
+inline bool any_above(Vec<double> a, Vec<double> b) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ)) != 0;
+}
+#endif
+
+// Rows [begin, end) of a tile.
+struct Rows {
+  int64_t begin = 0, end = 0;
+
+  bool empty() const { return begin >= end; }
+  void add(Rows other) {
+    if (other.empty()) return;
+    begin = empty() ? other.begin : std::min(begin, other.begin);
+    end = std::max(end, other.end);
+  }
+};
+
+// What the filter reads and writes for one tile. kRadius 0: the radius is known at run time only.
+template <typename T>
+struct Taps {
+  const T* input;
+  T* last;  // input filtered along x
+  std::array<const T*, 2 * kLargestRadius> older;
+  int64_t diagonal, any_radius;
+  bool is_zero;  // the input
+
+  // One vector of the input filtered along x; it is kept.
+  template <int kRadius>
+  Vec<T> along_x(int64_t at) const {
+    if (is_zero) return Vec<T>(T(0));
+    const int64_t radius = kRadius ? kRadius : any_radius;
+    const T* p = input + at;
+    Vec<T> sum = Vec<T>::loadu(p - radius * diagonal);
+    for (int64_t d = 1 - radius; d <= radius; ++d) sum = sum + Vec<T>::loadu(p + d * diagonal);
+    sum.store(last + at);
+    return sum;
+  }
+
+  // One vector of the sum over the kept tiles and the input.
+  template <int kRadius>
+  Vec<T> sum(int64_t at) const {
+    const int64_t count = 2 * (kRadius ? kRadius : any_radius);
+    const Vec<T> newest = along_x<kRadius>(at);
+    if (count == 0) return newest;
+    Vec<T> total = Vec<T>::loadu(older[0] + at);
+    for (int64_t i = 1; i < count; ++i) total = total + Vec<T>::loadu(older[i] + at);
+    return total + newest;
+  }
+};
+
+// Along one chain of tiles, each `rows` x `lanes`.
+template <typename T>
+class DiagonalBox {
+ public:
+  DiagonalBox(int64_t radius, int64_t most_rows, int64_t lanes)
+      : radius_(radius), row_(lanes + kMargin<T>), most_rows_(most_rows),
+        input_((most_rows + 2 * radius) * row_ + kMargin<T>), ring_(taps() * most_rows * row_ + kMargin<T>),
+        zeros_((most_rows + 2 * radius) * row_ + kMargin<T>) {
+    std::fill_n(zeros_.get(), (most_rows + 2 * radius) * row_ + kMargin<T>, T(0));
+  }
+
+  int64_t taps() const { return 2 * radius_ + 1; }
+  int64_t row() const { return row_; }
+
+  // Tiles have `rows` rows from now on.
+  void resize(int64_t rows) {
+    rows_ = rows;
+    std::fill_n(input_.get(), (most_rows_ + 2 * radius_) * row_ + kMargin<T>, T(0));
+  }
+
+  void start_chain() {
+    for (int64_t i = 0; i < taps(); ++i) kept_[i] = zeros(), matters_[i] = {};
+  }
+
+  // Where the next tile of the chain goes; its margins are zero and stay so.
+  T* input() { return inside(input_.get()); }
+
+  // The next tile is input(), of which only these rows are not zero, or, if they are none, zero.
+  void advance(Rows matter) {
+    for (int64_t i = 0; i + 1 < taps(); ++i) kept_[i] = kept_[i + 1], matters_[i] = matters_[i + 1];
+    matters_[taps() - 1] = matter;
+    is_zero_ = matter.empty();
+    if (is_zero_) kept_[taps() - 1] = zeros();
+    else kept_[taps() - 1] = ring_.get() + step_++ % taps() * most_rows_ * row_;
+  }
+
+  // The rows of the sums that are not zero.
+  Rows sums() const {
+    Rows all;
+    for (int64_t i = 0; i < taps(); ++i) all.add(matters_[i]);
+    return all.empty() ? all : Rows{std::max<int64_t>(all.begin - radius_, 0), std::min(all.end + radius_, rows_)};
+  }
+
+  Taps<T> last_taps() {
+    Taps<T> taps{inside(input_.get()), kept_[2 * radius_], {}, row_ + 1, radius_, is_zero_};
+    std::copy_n(kept_.begin(), 2 * radius_, taps.older.begin());
+    return taps;
+  }
+
+ private:
+  T* inside(T* framed) const { return framed + kMargin<T> + radius_ * row_; }
+  T* zeros() { return inside(zeros_.get()); }
+
+  int64_t radius_, row_, most_rows_, rows_ = 0, step_ = 0;
+  Scratch<T> input_, ring_, zeros_;
+  std::array<T*, 2 * kLargestRadius + 1> kept_{};  // oldest first
+  std::array<Rows, 2 * kLargestRadius + 1> matters_{};
+  bool is_zero_ = true;
+};
+
+// Calls consume(lane state, row, sums of the boxes) for every vector of a tile, down its columns, with
+// the state that consume.begin(lane) makes and consume.end(state, lane) takes.
+template <int kRadius, typename T, size_t kBoxes, typename Consume>
+void filter(const std::array<DiagonalBox<T>*, kBoxes>& boxes, int64_t rows, int64_t lanes, Consume& consume) {
+  // Copies, which the compiler knows no store to change.
+  std::array<Taps<T>, kBoxes> taps;
+  for (size_t b = 0; b < kBoxes; ++b) taps[b] = boxes[b]->last_taps();
+  const int64_t row = boxes[0]->row();
+  for (int64_t lane = 0; lane < lanes; lane += Vec<T>::size()) {
+    auto state = consume.begin(lane);
+    for (int64_t i = 0, at = lane; i < rows; ++i, at += row) {
+      std::array<Vec<T>, kBoxes> sums;
+      for (size_t b = 0; b < kBoxes; ++b) sums[b] = taps[b].template sum<kRadius>(at);
+      consume(state, i, at, sums);
+    }
+    consume.end(state, lane);
+  }
+}
+
+// Filters the last tile along x only: the sums are not wanted yet.
+template <int kRadius, typename T, size_t kBoxes>
+void keep(const std::array<DiagonalBox<T>*, kBoxes>& boxes, int64_t rows, int64_t lanes) {
+  for (auto* box : boxes) {
+    const Taps<T> taps = box->last_taps();
+    for (int64_t lane = 0; lane < lanes; lane += Vec<T>::size())
+      for (int64_t i = 0, at = lane; i < rows; ++i, at += box->row()) taps.template along_x<kRadius>(at);
+  }
+}
+
+}  // namespace pyramid
+}  // namespace CPU_CAPABILITY
+}  // namespace restore_kernels
