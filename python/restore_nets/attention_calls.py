@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
-from typing import Any
+from functools import partial, wraps
+from math import prod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import restore_kernels
-from restore_kernels.profiling.baselines import published_masked_attention, published_topk_attention
+from restore_kernels.profiling.baselines import (
+    published_masked_attention,
+    published_pyramid_attention,
+    published_topk_attention,
+)
 from restore_kernels.profiling.measure import Timing, interleave
 
 # Of two ways to compute attention in float32, relative to the largest entry of the result.
@@ -21,6 +27,7 @@ SAME_RESULT = 1e-4
 OPERATORS: dict[str, Callable[..., Tensor]] = {
     "topk_attention": restore_kernels.topk_attention,
     "masked_attention": restore_kernels.masked_attention,
+    "pyramid_attention": restore_kernels.pyramid_attention,
 }
 _CALLERS = ("restore_kernels.nn", "restore_nets.models")  # modules that call operators by their names
 
@@ -29,10 +36,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One kind of call of an attention operator.
+    """One kind of call of an attention operator with queries, keys and values of one source each.
 
     Args:
-        operator: a name in ``OPERATORS``.
+        operator: ``"topk_attention"`` or ``"masked_attention"``.
         layout: ``"channel"`` or ``"token"``.
         q, k, v: shapes, see the operators.
         normalize: whether q and k are normalised.
@@ -65,12 +72,52 @@ class AttentionCall:
         return ", ".join("all" if kept is None else str(kept) for kept in self.topk)
 
 
+@dataclass(frozen=True)
+class PyramidCall:
+    """One kind of call of pyramid attention.
+
+    Args:
+        query: its shape.
+        keys, values: the shapes of every level.
+        patch_size, softmax_scale, hard: see the operator.
+    """
+
+    operator: ClassVar[str] = "pyramid_attention"
+
+    query: Shape
+    keys: tuple[Shape, ...]
+    values: tuple[Shape, ...]
+    patch_size: int = 3
+    softmax_scale: float = 10.0
+    hard: bool = False
+
+    def __str__(self) -> str:
+        batch, channels, height, width = self.query
+        return f"B{batch} C{channels} N{height}x{width} M{sum(prod(key[2:]) for key in self.keys)}"
+
+    @property
+    def layout(self) -> str:
+        return f"{self.patch_size}x{self.patch_size} patches"
+
+    @property
+    def selection(self) -> str:
+        """What takes part in the attention, in words."""
+        return f"{'best match' if self.hard else 'all'} of {len(self.keys)} levels"
+
+    def of_one_image(self) -> PyramidCall:
+        keys, values = (tuple((1, *shape[1:]) for shape in level) for level in (self.keys, self.values))
+        return replace(self, query=(1, *self.query[1:]), keys=keys, values=values)
+
+
+Call = AttentionCall | PyramidCall
+
+
 def _pixels(count: int) -> str:
     side = round(count**0.5)
     return f"{side}x{side}" if side * side == count and side > 4 else str(count)
 
 
-def attention_calls(model: nn.Module, batch: Tensor) -> list[AttentionCall]:
+def attention_calls(model: nn.Module, batch: Tensor) -> list[Call]:
     """The different calls of attention operators that a network makes for a batch (B, 3, H, W)."""
     with _recorded() as calls, torch.no_grad():
         model(batch)
@@ -78,9 +125,9 @@ def attention_calls(model: nn.Module, batch: Tensor) -> list[AttentionCall]:
 
 
 @contextmanager
-def _recorded() -> Iterator[list[AttentionCall]]:
+def _recorded() -> Iterator[list[Call]]:
     """The different calls that the networks' modules make in the block, in their order."""
-    calls: list[AttentionCall] = []
+    calls: list[Call] = []
     modules = [module for name, module in sys.modules.items() if name.startswith(_CALLERS)]
     names = [(module, name) for module in modules for name in OPERATORS if hasattr(module, name)]
     originals = [(module, name, getattr(module, name)) for module, name in names]
@@ -93,32 +140,44 @@ def _recorded() -> Iterator[list[AttentionCall]]:
             setattr(module, name, original)
 
 
-def _recording(
-    name: str, operator: Callable[..., Tensor], calls: list[AttentionCall]
-) -> Callable[..., Tensor]:
+def _recording(name: str, operator: Callable[..., Tensor], calls: list[Call]) -> Callable[..., Tensor]:
+    describe = _pyramid_call if name == "pyramid_attention" else partial(_attention_call, name)
+
     @wraps(operator)
-    def record(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Tensor:
-        out_proj = options.get("out_proj")
-        call = AttentionCall(
-            name, options.get("layout", "channel"), tuple(q.shape), tuple(k.shape), tuple(v.shape),
-            normalize=options.get("normalize", True), projected=None if out_proj is None else len(out_proj),
-        )  # fmt: skip
-        if name == "topk_attention":
-            call = replace(call, topk=tuple(args[0] if args else options["topk"]))
-        elif (mask := args[0] if args else options.get("mask")) is not None:
-            call = replace(call, mask=tuple(mask.shape))
+    def record(*args: Any, **options: Any) -> Tensor:
+        call = describe(*args, **options)
         if call not in calls:
             calls.append(call)
-        return operator(q, k, v, *args, **options)
+        return operator(*args, **options)
 
     return record
+
+
+def _attention_call(name: str, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> AttentionCall:
+    out_proj = options.get("out_proj")
+    call = AttentionCall(
+        name, options.get("layout", "channel"), tuple(q.shape), tuple(k.shape), tuple(v.shape),
+        normalize=options.get("normalize", True), projected=None if out_proj is None else len(out_proj),
+    )  # fmt: skip
+    if name == "topk_attention":
+        return replace(call, topk=tuple(args[0] if args else options["topk"]))
+    mask = args[0] if args else options.get("mask")
+    return call if mask is None else replace(call, mask=tuple(mask.shape))
+
+
+def _pyramid_call(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], **options: Any
+) -> PyramidCall:
+    settings = {name: options[name] for name in ("patch_size", "softmax_scale", "hard") if name in options}
+    shapes = [tuple(tuple(x.shape) for x in level) for level in (keys, values)]
+    return PyramidCall(tuple(query.shape), shapes[0], shapes[1], **settings)
 
 
 @dataclass(frozen=True)
 class AttentionTimes:
     """Forward and backward of one call: the fused operator against the published computation."""
 
-    call: AttentionCall
+    call: Call
     backend: str  # that runs the operator
     fused: Timing
     published: Timing
@@ -133,9 +192,17 @@ class AttentionTimes:
         return self.published.median / self.fused.median
 
 
-def time_attention(call: AttentionCall, device: torch.device, seconds: float) -> AttentionTimes:
-    """Time forward and backward in float32, interleaved in this process."""
-    problem = _Problem(call, device)
+def time_attention(call: Call, device: torch.device, seconds: float) -> AttentionTimes:
+    """Time forward and backward in float32, interleaved in this process.
+
+    Pyramid attention is timed on one image of the batch: published code takes image after image, and
+    seconds for a batch.
+    """
+    if isinstance(call, PyramidCall):
+        call = call.of_one_image()
+        problem: _Problem = _PyramidProblem(call, device)
+    else:
+        problem = _AttentionProblem(call, device)
 
     def both_passes(forward: Callable[[], Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(forward(), problem.inputs, problem.gradient)
@@ -148,16 +215,43 @@ def time_attention(call: AttentionCall, device: torch.device, seconds: float) ->
     return AttentionTimes(call, problem.backend(), times["fused"], times["published"], difference)
 
 
-class _Problem:
-    """Random tensors of a call, and the two ways to compute it."""
+class _Problem(ABC):
+    """Random tensors of a call, and the two ways to compute it.
 
+    Attributes:
+        inputs: the tensors that take part in the backward pass.
+        gradient: of the result.
+    """
+
+    call: Call
+    inputs: list[Tensor]
+    gradient: Tensor
+
+    def backend(self) -> str:
+        args, options = self._arguments()
+        return str(restore_kernels.explain(OPERATORS[self.call.operator], *args, **options).chosen)
+
+    def fused(self) -> Tensor:
+        args, options = self._arguments()
+        return OPERATORS[self.call.operator](*args, **options)
+
+    @abstractmethod
+    def published(self) -> Tensor: ...
+
+    @abstractmethod
+    def _arguments(self) -> tuple[list[Any], dict[str, Any]]:
+        """Of the operator."""
+
+
+def _normal(device: torch.device) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator).to(device)
+
+
+class _AttentionProblem(_Problem):
     def __init__(self, call: AttentionCall, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(device)
-
-        self.call = call
+        normal = _normal(device)
+        self.call: AttentionCall = call
         batch, heads, channels, pixels = call.q
         if call.q == call.k == call.v and call.layout == "channel":
             # One tensor, as the convolution of a transformer block gives it.
@@ -166,7 +260,7 @@ class _Problem:
         else:
             q, k, v = normal(*call.q), normal(*call.k), normal(*call.v)
         self.tensors = [x.requires_grad_() for x in (q, k, v)]
-        self.mask = None if call.mask is None else torch.rand(call.mask, generator=generator).to(device)
+        self.mask = None if call.mask is None else normal(*call.mask).sigmoid()
         # A mask is predicted, so it takes part in the backward pass.
         self.inputs = self.tensors if self.mask is None else [*self.tensors, self.mask.requires_grad_()]
         self.weights = torch.full((len(call.topk),), 1 / len(call.topk), device=device) if call.topk else None
@@ -191,14 +285,6 @@ class _Problem:
             return [*self.tensors, self.call.topk], {**options, "weights": self.weights}
         return [*self.tensors, self.mask], options
 
-    def backend(self) -> str:
-        args, options = self._arguments()
-        return str(restore_kernels.explain(OPERATORS[self.call.operator], *args, **options).chosen)
-
-    def fused(self) -> Tensor:
-        args, options = self._arguments()
-        return OPERATORS[self.call.operator](*args, **options)
-
     def published(self) -> Tensor:
         q, k, v = self.tensors
         if self.weights is not None:
@@ -208,3 +294,24 @@ class _Problem:
         return published_masked_attention(
             q, k, v, self.mask, self.temperature, self.call.normalize, self.call.layout, self.out_proj
         )
+
+
+class _PyramidProblem(_Problem):
+    def __init__(self, call: PyramidCall, device: torch.device) -> None:
+        normal = _normal(device)
+        self.call: PyramidCall = call
+        # Scores of about one: every match counts, so that no kernel may leave any of them out.
+        self.query = normal(*call.query) / max(1.0, call.softmax_scale)
+        self.keys, self.values = ([normal(*shape) for shape in level] for level in (call.keys, call.values))
+        matched = [] if call.hard else [self.query, *self.keys]
+        self.inputs = [x.requires_grad_() for x in (*matched, *self.values)]
+        self.gradient = normal(call.query[0], call.values[0][1], *call.query[2:])
+
+    def _arguments(self) -> tuple[list[Any], dict[str, Any]]:
+        call = self.call
+        options = {"patch_size": call.patch_size, "softmax_scale": call.softmax_scale, "hard": call.hard}
+        return [self.query, self.keys, self.values], options
+
+    def published(self) -> Tensor:
+        args, options = self._arguments()
+        return published_pyramid_attention(*args, **options)

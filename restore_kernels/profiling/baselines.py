@@ -61,3 +61,31 @@ def published_masked_attention(
     if out_proj is not None:
         out = F.conv1d(out.flatten(1, 2), out_proj[..., None])
     return out
+
+
+def published_pyramid_attention(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *, patch_size: int = 3,
+    softmax_scale: float = 10.0, eps: float = 1e-4, out_scale: float = 0.25, hard: bool = False,
+) -> Tensor:  # fmt: skip
+    """Image by image: unfold key patches to filters, normalise, convolve, softmax, transposed convolution.
+
+    Arguments are those of ``restore_kernels.pyramid_attention``.
+    """
+    images = []
+    for i in range(len(query)):
+        filters = torch.cat([_filters(key[i : i + 1], patch_size) for key in keys])
+        norms = torch.linalg.vector_norm(filters, dim=(1, 2, 3), keepdim=True).clamp(min=eps)
+        scores = F.conv2d(query[i : i + 1], filters / norms, padding=patch_size // 2)  # (1, L, H, W)
+        if hard:
+            best = scores.argmax(dim=1, keepdim=True)
+            probabilities = torch.zeros_like(scores).scatter_(1, best, 1.0)
+        else:
+            probabilities = (scores * softmax_scale).softmax(dim=1)
+        filters = torch.cat([_filters(value[i : i + 1], patch_size) for value in values])
+        images.append(F.conv_transpose2d(probabilities, filters, padding=patch_size // 2) * out_scale)
+    return torch.cat(images)
+
+
+def _filters(x: Tensor, size: int) -> Tensor:
+    """The zero-padded patches around all pixels of x (1, C, H, W): (H * W, C, size, size)."""
+    return F.unfold(x, size, padding=size // 2)[0].T.unflatten(1, (x.shape[1], size, size))
