@@ -18,6 +18,7 @@
 #include <tuple>
 #include <vector>
 
+#include "pyramid_problem.h"
 #include "pyramid_walk.h"
 
 namespace restore_kernels {
@@ -25,41 +26,9 @@ inline namespace CPU_CAPABILITY {
 namespace {
 
 using namespace pyramid;
-using at::TensorList;
-
-struct Settings {
-  int64_t patch_size;
-  double softmax_scale, eps, out_scale;
-};
-
-Tensor empty_image(const Tensor& like, int64_t channels, at::IntArrayRef size) {
-  const bool pixel_major = like.stride(1) == 1 && like.stride(3) > 1;
-  return at::empty({like.size(0), channels, size[0], size[1]},
-                   like.options().memory_format(pixel_major ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous));
-}
-
-Tensor empty_like_image(const Tensor& x) { return empty_image(x, x.size(1), x.sizes().slice(2)); }
-
+// The log-sum-exp at lanes where no patch is, or none that matters to the band.
 template <typename T>
-Problem<T> pack(const Tensor& query, TensorList keys, TensorList values, const Settings& settings, int64_t b) {
-  Problem<T> p{query.size(2), query.size(3), query.size(1), values[0].size(1), settings.patch_size / 2, {}, {}, {}, {}};
-  int64_t first = 0, widest = 0;
-  for (size_t i = 0; i < keys.size(); ++i) {
-    p.levels.emplace_back(keys[i], values[i], b, first, p.radius, T(settings.softmax_scale), T(settings.eps));
-    first += p.levels.back().pixels();
-    widest = std::max(widest, p.levels.back().width);
-  }
-  p.bands = bands<T>(p.width, widest, p.radius);
-  for (const Band& band : p.bands) p.queries.push_back(band_rows<T>(query, b, band));
-  return p;
-}
-
-// Calls f(an integral constant: the radius, 0 for any) of the walk for this patch size.
-template <typename F>
-void for_radius(int64_t patch_size, F f) {
-  if (patch_size == 3) f(std::integral_constant<int, 1>());
-  else f(std::integral_constant<int, 0>());
-}
+constexpr T kNoWeight = std::numeric_limits<T>::infinity();
 
 // The log-sum-exp of every query, H x W.
 template <typename T, int kRadius>
@@ -91,14 +60,6 @@ Scratch<T> log_sum_exps(const Problem<T>& p, const Division& division) {
   return result;
 }
 
-// log_sum_exp for the lanes of every band; infinite, for weights of 0, where no patch or none of interest is.
-template <typename T>
-std::vector<Scratch<T>> lanes_of_bands(const T* x, const Problem<T>& p, T elsewhere) {
-  std::vector<Scratch<T>> lanes;
-  for (const Band& band : p.bands) lanes.push_back(band_lanes(x, p, band, p.radius, elsewhere));
-  return lanes;
-}
-
 // Writes the sum of the tasks' shares of every band, each H x C x lanes, to image b.
 template <typename T>
 void write_bands(const Shares<T>& shares, const Problem<T>& p, T scale, const Tensor& image, int64_t b) {
@@ -123,7 +84,7 @@ void forward(const Tensor& query, TensorList keys, TensorList values, const Sett
   const Scratch<T> statistics = log_sum_exps<T, kRadius>(p, division);
   std::copy_n(statistics.get(), p.height * p.width, log_sum_exp.mutable_data_ptr<T>() + b * p.height * p.width);
 
-  const auto lanes = lanes_of_bands(statistics.get(), p, std::numeric_limits<T>::infinity());
+  const auto lanes = lanes_of_bands<T>(statistics.get(), p, p.radius, kNoWeight<T>);
   Shares<T> shares(p.bands.size());
   division.run([&](int64_t task, const Chain* begin, const Chain* end) {
     Walk<T, kRadius> walk(p);
@@ -176,7 +137,7 @@ void backward(const Tensor& grad_out, const Tensor& query, TensorList keys, Tens
   for (const Band& band : p.bands) p.gradients.push_back(band_rows<T>(grad_out, b, band));
   const Scratch<T> queries = pixel_major<T>(query, b), gradients = pixel_major<T>(grad_out, b);
   const T out_scale = T(settings.out_scale);
-  const auto lse = lanes_of_bands(log_sum_exp.const_data_ptr<T>() + b * p.height * p.width, p, std::numeric_limits<T>::infinity());
+  const auto lse = lanes_of_bands<T>(log_sum_exp.const_data_ptr<T>() + b * p.height * p.width, p, p.radius, kNoWeight<T>);
 
   const int64_t bands = p.bands.size();
   Shares<T> shares_of_delta(bands);
@@ -198,7 +159,7 @@ void backward(const Tensor& grad_out, const Tensor& query, TensorList keys, Tens
     std::fill_n(own.back().get(), band.lanes, T(0));
     std::fill_n(own.back().get() + band.begin - band.left, band.end - band.begin, T(1));
   }
-  const auto deltas = lanes_of_bands(delta.get(), p, T(0));
+  const auto deltas = lanes_of_bands<T>(delta.get(), p, p.radius, T(0));
 
   Shares<T> of_query(bands);
   for (size_t i = 0; i < p.levels.size(); ++i) {  // one by one, so that tasks hold the gradients of one level
@@ -218,12 +179,6 @@ void backward(const Tensor& grad_out, const Tensor& query, TensorList keys, Tens
     write_values(of_values, level, p.channels, out_scale, grad_values[i], b);
   }
   write_bands(of_query, p, T(1), grad_query, b);
-}
-
-template <typename F>
-void for_type(const Tensor& x, F f) {
-  if (x.scalar_type() == at::kDouble) f(double());
-  else f(float());
 }
 
 std::tuple<Tensor, Tensor> pyramid_attention(const Tensor& query, TensorList keys, TensorList values, int64_t patch_size,

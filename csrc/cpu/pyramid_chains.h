@@ -65,10 +65,14 @@ class Shares {
   // A task's share of a result, `count` values, at first all `start`.
   T* of(int64_t task, int64_t result, int64_t count, T start = 0) {
     auto& share = shares_[task * results_ + result];
-    if (!share) {
-      share.emplace(count);
-      std::fill_n(share->get(), count, start);
-    }
+    if (!share) std::fill_n(share.emplace(count).get(), count, start);
+    return share->get();
+  }
+
+  // The same, at first a copy of `start`.
+  T* of(int64_t task, int64_t result, int64_t count, const T* start) {
+    auto& share = shares_[task * results_ + result];
+    if (!share) std::copy_n(start, count, share.emplace(count).get());
     return share->get();
   }
 

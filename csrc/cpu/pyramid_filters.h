@@ -30,13 +30,18 @@ inline Vec<T> weight(Vec<T> x) {
   return Vec<T>::blendv(Vec<T>(T(0)), x.exp(), x >= Vec<T>(kNegligible<T>));
 }
 
-template <typename T>
-inline bool any_above(Vec<T> a, Vec<T> b) {
-  T x[Vec<T>::size()], y[Vec<T>::size()];
-  a.store(x), b.store(y);
-  bool any = false;
-  for (int i = 0; i < Vec<T>::size(); ++i) any |= x[i] > y[i];
-  return any;
+enum class Is { kAbove, kAtLeast };
+
+// Whether any lane of a is above, or at least, that of b.
+template <Is is, typename T>
+inline bool any(Vec<T> a, Vec<T> b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  constexpr int compare = is == Is::kAbove ? _CMP_GT_OQ : _CMP_GE_OQ;
+  if constexpr (std::is_same_v<T, float>) return _mm512_cmp_ps_mask(a, b, compare) != 0;
+  else return _mm512_cmp_pd_mask(a, b, compare) != 0;
+#else
+  return (is == Is::kAbove ? a > b : a >= b).zero_mask() != (1 << Vec<T>::size()) - 1;
+#endif
 }
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
@@ -58,14 +63,6 @@ inline Vec<float> weight(Vec<float> x) {
   const __mmask16 matters = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kNegligible<float>), _CMP_GE_OQ);
   return _mm512_maskz_scalef_ps(matters, exp_polynomial(r), n);
 }
-template <>
-inline bool any_above(Vec<float> a, Vec<float> b) {
-  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
-}
-template <>
-inline bool any_above(Vec<double> a, Vec<double> b) {
-  return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ) != 0;
-}
 #elif defined(CPU_CAPABILITY_AVX2)
 template <>
 inline Vec<float> weight(Vec<float> x) {
@@ -74,14 +71,6 @@ inline Vec<float> weight(Vec<float> x) {
   const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   const __m256 matters = _mm256_cmp_ps(x, _mm256_set1_ps(kNegligible<float>), _CMP_GE_OQ);
   return _mm256_and_ps(matters, _mm256_mul_ps(exp_polynomial(r), _mm256_castsi256_ps(power)));
-}
-template <>
-inline bool any_above(Vec<float> a, Vec<float> b) {
-  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
-}
-template <>
-inline bool any_above(Vec<double> a, Vec<double> b) {
-  return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ)) != 0;
 }
 #endif
 

@@ -3,43 +3,11 @@
 
 #include "pyramid_chains.h"
 #include "pyramid_filters.h"
+#include "pyramid_problem.h"
 
 namespace restore_kernels {
 inline namespace CPU_CAPABILITY {
 namespace pyramid {
-
-// One image, packed.
-template <typename T>
-struct Problem {
-  int64_t height, width, depth, channels, radius;  // of the query image; channels of keys, of values
-  std::vector<Level<T>> levels;
-  std::vector<Band> bands;
-  std::vector<Scratch<T>> queries;    // per band, H x Cq x lanes
-  std::vector<Scratch<T>> gradients;  // of the output, per band, H x Cv x lanes; backward only
-
-  int64_t most_rows() const {  // of a tile
-    int64_t most = 0;
-    for (const auto& level : levels) most = std::max(most, level.width);
-    return most;
-  }
-  int64_t most_lanes() const {
-    int64_t most = 0;
-    for (const Band& band : bands) most = std::max(most, band.lanes);
-    return most;
-  }
-};
-
-// Lane by lane for every row of a band, H x lanes: x (H x W) where the band's results depend on it (within
-// `radius` of its columns), `elsewhere` at the other lanes.
-template <typename T>
-Scratch<T> band_lanes(const T* x, const Problem<T>& p, const Band& band, int64_t radius, T elsewhere) {
-  Scratch<T> lanes(p.height * band.lanes);
-  std::fill_n(lanes.get(), p.height * band.lanes, elsewhere);
-  const int64_t begin = std::max<int64_t>(band.begin - radius, 0), end = std::min(band.end + radius, p.width);
-  for (int64_t y = 0; y < p.height; ++y)
-    std::copy_n(x + y * p.width + begin, end - begin, lanes.get() + y * band.lanes + begin - band.left);
-  return lanes;
-}
 
 // Running maximum and sum of exponentials of every lane.
 template <typename T>
@@ -54,7 +22,7 @@ struct Statistics {
 
   void operator()(State& state, int64_t row, int64_t, const std::array<Vec<T>, 1>& sums) const {
     const Vec<T> score = sums[0] * Vec<T>(factors[row]);
-    if (any_above(score, state.largest)) {  // seldom: the more tiles have been seen, the less often
+    if (any<Is::kAbove>(score, state.largest)) {  // seldom: the more tiles have been seen, the less often
       const Vec<T> now = at::vec::maximum(score, state.largest);
       state.sum = state.sum * weight(state.largest - now);
       state.largest = now;
@@ -68,13 +36,41 @@ struct Statistics {
   }
 };
 
+// The largest score of every lane and its position; of equal ones the first position.
+template <typename T>
+struct Best {
+  T* largest;         // per lane; infinite where no query is
+  int64_t* position;  // per lane
+  const T* factors;
+  int64_t first;      // position of the tile's first row
+  struct State {
+    Vec<T> largest;
+    int64_t lane;
+  };
+
+  State begin(int64_t lane) const { return {Vec<T>::loadu(largest + lane), lane}; }
+
+  void operator()(State& state, int64_t row, int64_t, const std::array<Vec<T>, 1>& sums) const {
+    const Vec<T> score = sums[0] * Vec<T>(factors[row]);
+    if (!any<Is::kAtLeast>(score, state.largest)) return;
+    T scores[Vec<T>::size()];
+    score.store(scores);
+    for (int64_t i = 0, lane = state.lane; i < Vec<T>::size(); ++i, ++lane)
+      if (scores[i] > largest[lane] || (scores[i] == largest[lane] && first + row < position[lane]))
+        largest[lane] = scores[i], position[lane] = first + row;
+    state.largest = Vec<T>::loadu(largest + state.lane);
+  }
+
+  void end(const State&, int64_t) const {}
+};
+
 // The rows of a tile that are not all zero, found lane by lane.
 template <typename T>
 struct Matter {
   Rows rows;
 
   void see(Vec<T> weights, int64_t row) {
-    if (!any_above(weights, Vec<T>(T(0)))) return;
+    if (!any<Is::kAbove>(weights, Vec<T>(T(0)))) return;
     if (rows.empty()) rows.begin = row;
     rows.end = row + 1;
   }
@@ -178,6 +174,14 @@ class Walk {
     enter(chain);
     along<1>({&scores_}, [&](int64_t i) { multiply_scores(i); },
              [&](int64_t i) { return Statistics<T>{lanes(largest, i), lanes(sum, i), factors(i)}; });
+  }
+
+  void best(const Chain& chain, T* largest, int64_t* position) {
+    enter(chain);
+    along<1>({&scores_}, [&](int64_t i) { multiply_scores(i); }, [&](int64_t i) {
+      const int64_t first = level_->first + chain_->key_row(i) * width();
+      return Best<T>{lanes(largest, i), lanes(position, i), factors(i), first};
+    });
   }
 
   // out (H x Cv x lanes) += box(P) v
