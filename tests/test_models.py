@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import restore_kernels
-from restore_nets import create_model, list_models
+from restore_nets import create_model, list_models, load_model, save_checkpoint
 from restore_nets.models.blocks import ChannelNorm, reflect
 from restore_nets.models.ddsa import SpatialFeedForward
 from restore_nets.models.pa_edsr import PAEDSR
@@ -297,6 +297,24 @@ def test_ddsa_learns(layout):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * F.l1_loss(streaked, clean).item(), losses
+
+
+@pytest.mark.parametrize("name", ["panet", "pa_edsr x3"])
+def test_checkpoints_of_the_pyramid_networks(name, tmp_path):
+    """Published ones, and our own: shared activations, frozen shifts and buffers come back."""
+    config = NETWORKS[name]
+    torch.manual_seed(0)
+    network = create_model(**config)
+    state = {f"module.{key}": x for key, x in network.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "published.pth")
+    save_checkpoint(network, tmp_path / "own.safetensors", config)
+    x = image(1, 3, 9, 8)
+    for loaded in (
+        load_model(tmp_path / "published.pth", **config),
+        load_model(tmp_path / "own.safetensors"),
+    ):
+        assert torch.equal(loaded(x), network(x))
+        assert getattr(loaded, "scale", 1) == (3 if "x3" in name else 1)
 
 
 def test_the_networks_take_the_backend_of_the_block():
