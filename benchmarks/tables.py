@@ -24,7 +24,8 @@ def table(result: dict[str, Any]) -> str:
     machine = result["machine"]
     where = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
     lines = [
-        f"**{where}**, torch {machine['torch']}, forward and backward, median (20th to 80th percentile):",
+        f"**{where}**, torch {machine['torch']}, forward and backward where nothing else is said, "
+        "median (20th to 80th percentile):",
         "",
         "| case | backend | time | against eager | FLOP/s of peak | bytes/s of peak | extra memory |",
         "|---|---|---|---|---|---|---|",
@@ -32,26 +33,50 @@ def table(result: dict[str, Any]) -> str:
     for row in result["cases"]:
         limits = result["ceilings"][row["dtype"]]
         eager = row["alternatives"]["eager"]["median"]
+        case = f"{row['case']}, {row['dtype']}{', forward' if row['pass'] == 'forward' else ''}"
         for name, entry in row["alternatives"].items():
-            seconds, extra = entry["median"], entry.get("peak_extra_bytes")
+            seconds, flops = entry["median"], entry.get("flops", row["flops"])
             lines.append(
-                f"| {row['case']}, {row['dtype']} | {name} "
+                f"| {case} | {name} "
                 f"| {seconds * 1e3:.2f} ms ({entry['p20'] * 1e3:.2f} to {entry['p80'] * 1e3:.2f}) "
                 f"| {eager / seconds:.1f}x "
-                f"| {row['flops'] / seconds / limits['flops_per_second']:.0%} "
+                f"| {flops / seconds / limits['flops_per_second']:.0%} "
                 f"| {row['bytes'] / seconds / limits['copy_bytes_per_second']:.0%} "
-                f"| {'not measured' if extra is None else f'{extra / 2**20:.1f} MiB'} |"
+                f"| {memory(entry)} |"
             )
-        lines += [
-            f"| {row['case']}, {row['dtype']} | {name} | wrong: {why} | | | | |"
-            for name, why in row["wrong"].items()
-        ]
+        lines += [f"| {case} | {name} | wrong: {why} | | | | |" for name, why in row["wrong"].items()]
     limits = [
         f"{dtype}: copies {values['copy_bytes_per_second'] / 1e9:.0f} GB/s, "
         f"multiplies {values['flops_per_second'] / 1e9:.0f} GFLOP/s"
         for dtype, values in result["ceilings"].items()
     ]
-    return "\n".join([*lines, "", f"Peaks measured in the same run: {'; '.join(limits)}."])
+    lines += ["", f"Peaks measured in the same run: {'; '.join(limits)}."]
+    if result.get("growth"):
+        lines += ["", *growth_table(result["growth"])]
+    return "\n".join(lines)
+
+
+def memory(entry: dict[str, Any]) -> str:
+    extra = entry.get("peak_extra_bytes")
+    return "not measured" if extra is None else f"{extra / 2**20:.1f} MiB"
+
+
+def growth_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Of one method at growing sizes: what a pair of positions costs."""
+    lines = [
+        "| growth | backend | time | per pair of positions | extra memory |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        case = f"{row['case']}, {row['dtype']}, {row['pass']}"
+        for name, entry in row["alternatives"].items():
+            seconds = entry["median"]
+            lines.append(
+                f"| {case} | {name} | {seconds * 1e3:.1f} ms | {seconds / row['pairs'] * 1e9:.3f} ns "
+                f"| {memory(entry)} |"
+            )
+        lines += [f"| {case} | {name} | wrong: {why} | | |" for name, why in row["wrong"].items()]
+    return lines
 
 
 def main() -> None:

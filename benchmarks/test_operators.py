@@ -13,8 +13,8 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu", "triton"])
-@pytest.mark.parametrize("case", GPU_CASES if DEVICE == "cuda" else CPU_CASES, ids=lambda case: case.name)
-def test_forward_and_backward(benchmark, case, backend):
+@pytest.mark.parametrize("case", GPU_CASES if DEVICE == "cuda" else CPU_CASES, ids=str)
+def test_step(benchmark, case, backend):
     x = case.inputs(DTYPE, DEVICE)
     if backend == "eager":
         forward = case.published
@@ -25,9 +25,9 @@ def test_forward_and_backward(benchmark, case, backend):
         pytest.skip(f"backend {backend} does not run on this {DEVICE}")
 
     def step():
-        x.training_step(forward)
+        case.step(x, forward)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.group = case.name
+    benchmark.group = str(case)
     benchmark(step)

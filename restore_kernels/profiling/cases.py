@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,12 @@ from torch import Tensor
 
 from restore_kernels.backends import explain
 from restore_kernels.masked_attention import masked_attention
-from restore_kernels.profiling.baselines import published_masked_attention, published_topk_attention
+from restore_kernels.profiling.baselines import (
+    published_masked_attention,
+    published_pyramid_attention,
+    published_topk_attention,
+)
+from restore_kernels.pyramid_attention import pyramid_attention
 from restore_kernels.topk_attention import topk_attention
 
 DRSFORMER_BRANCHES = (24, 32, 36, 38)  # of 48 channels per head
@@ -35,15 +40,74 @@ class Inputs:
             x.grad = None
         forward(self).backward(self.grad_out)
 
-    def results(self, forward: Callable[[Inputs], Tensor]) -> dict[str, Tensor]:
-        """The output and the gradients of one step."""
-        out = forward(self)
+    @torch.no_grad()
+    def inference_step(self, forward: Callable[[Inputs], Tensor]) -> None:
+        """Forward alone."""
+        forward(self)
+
+    def results(self, forward: Callable[[Inputs], Tensor], backward: bool = True) -> dict[str, Tensor]:
+        """The output and, with ``backward``, the gradients of one step."""
+        with torch.set_grad_enabled(backward):
+            out = forward(self)
+        if not backward:
+            return {"out": out}
         grads = torch.autograd.grad(out, list(self.tensors.values()), self.grad_out)
         return {"out": out, **{f"grad {name}": x for name, x in zip(self.tensors, grads, strict=True)}}
 
 
 @dataclass(frozen=True)
-class TopKCase:
+class Excerpt:
+    """A part of a call that can be computed exactly where the whole is too large for that.
+
+    Attributes:
+        whole: the call.
+        part: the call that computes part of its results.
+        cut: takes that part from the results of the whole; and what the part is right about from its own.
+    """
+
+    whole: Inputs
+    part: Inputs
+    cut: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+class BenchmarkCase:
+    """What holds of a case unless it says otherwise."""
+
+    backward = True  # is timed too
+    pairs: int | None = None  # of positions, to report the time of each
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def flops(self) -> int:
+        """Operations of the products of the method, in all that is timed."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.timed}"
+
+    @property
+    def timed(self) -> str:
+        return "forward and backward" if self.backward else "forward"
+
+    @property
+    def published_flops(self) -> int:
+        """Operations of the published computation."""
+        return self.flops
+
+    def step(self, x: Inputs, forward: Callable[[Inputs], Tensor]) -> None:
+        """What is timed."""
+        (x.training_step if self.backward else x.inference_step)(forward)
+
+    def excerpt(self, x: Inputs) -> Excerpt:
+        """What the correctness of the call is judged by."""
+        return Excerpt(x, x, lambda results: results)
+
+
+@dataclass(frozen=True)
+class TopKCase(BenchmarkCase):
     """Forward and backward of topk_attention at one size.
 
     shape is (B, H, C, N) in the channel layout and (B, H, N, D), N = M and D = E, in the token layout.
@@ -104,7 +168,7 @@ class TopKCase:
 
 
 @dataclass(frozen=True)
-class MaskedCase:
+class MaskedCase(BenchmarkCase):
     """Forward and backward of masked_attention at one size, with one mask value per pixel or key.
 
     shape is (B, H, C, N) in the channel layout and (B, H, N, M, D), D = E, in the token layout.
@@ -175,7 +239,121 @@ class MaskedCase:
         return explain(masked_attention, **x.tensors, layout=self.layout).why_not
 
 
-Case = TopKCase | MaskedCase
+@dataclass(frozen=True)
+class PyramidCase(BenchmarkCase):
+    """pyramid_attention of an image to the five levels of its pyramid, 3x3 patches.
+
+    Attributes:
+        shape: (B, Cq, Cv, H, W).
+        backward: forward and backward are timed, else forward alone.
+    """
+
+    shape: tuple[int, int, int, int, int]
+    backward: bool = True
+
+    published_function = staticmethod(published_pyramid_attention)
+
+    @property
+    def name(self) -> str:
+        batch, channels, of_values, height, width = self.shape
+        return f"pyramid_attention {batch}x{channels}+{of_values}x{height}x{width}"
+
+    @property
+    def levels(self) -> list[tuple[int, int]]:
+        height, width = self.shape[3:]
+        return [(height * tenths // 10, width * tenths // 10) for tenths in range(10, 5, -1)]
+
+    @property
+    def pairs(self) -> int:  # type: ignore[override]
+        """Query pixels times pixels of all levels."""
+        batch, _, _, height, width = self.shape
+        return batch * height * width * sum(h * w for h, w in self.levels)
+
+    @property
+    def flops(self) -> int:
+        """Operations of the products, of pixels: forward has the scores twice, backward twice more.
+
+        Backward computes scores and their gradients for the sums over rows and again for the products
+        with them: to the values, the query and the keys.
+        """
+        channels, of_values = self.shape[1:3]
+        forward = 2 * channels + of_values
+        backward = 2 * (channels + of_values) + of_values + 2 * channels
+        return 2 * self.pairs * (forward + (backward if self.backward else 0))
+
+    @property
+    def published_flops(self) -> int:
+        """Two products of patches of nine pixels forward, four backward."""
+        return 2 * self.pairs * 9 * (self.shape[1] + self.shape[2]) * (3 if self.backward else 1)
+
+    @property
+    def elements(self) -> int:
+        """Elements moved at the least: all inputs and out; then inputs and grad_out in, gradients out."""
+        batch, channels, of_values, height, width = self.shape
+        image, pixels = height * width, sum(h * w for h, w in self.levels)
+        inputs = channels * (image + pixels) + of_values * pixels
+        forward = inputs + of_values * image
+        return batch * (forward + (forward + inputs if self.backward else 0))
+
+    @property
+    def small(self) -> PyramidCase:
+        """The same call at a size that takes next to no memory."""
+        return replace(self, shape=(1, *self.shape[1:3], 10, 10))
+
+    def inputs(self, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        batch, channels, of_values, height, width = self.shape
+        shapes = {"query": (batch, channels, height, width)}
+        shapes |= {f"keys[{i}]": (batch, channels, *size) for i, size in enumerate(self.levels)}
+        shapes |= {f"values[{i}]": (batch, of_values, *size) for i, size in enumerate(self.levels)}
+        tensors = {
+            name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()
+        }
+        grad_out = torch.randn(batch, of_values, height, width, generator=generator).to(device, dtype)
+        return Inputs({name: x.requires_grad_() for name, x in tensors.items()}, grad_out)
+
+    def excerpt(self, x: Inputs) -> Excerpt:
+        """A window at the lower border: all that it depends on is within four pixels of it.
+
+        The gradient of the output is zero outside of it, so that the gradients of keys and values are whole.
+        """
+        height, width = self.shape[3:]
+        top, left, right = max(0, height - 6), width // 3, min(width, width // 3 + 12)
+        above, before, after = min(top, 2), min(left, 2), min(width - right, 2)
+        window = (..., slice(top, height), slice(left, right))
+        crop = (..., slice(top - above, height), slice(left - before, right + after))
+        inner = (..., slice(above, None), slice(before, right - left + before))
+        grad_out = torch.zeros_like(x.grad_out)
+        grad_out[window] = x.grad_out[window]
+        query = x.tensors["query"].detach()[crop].requires_grad_()
+        part = Inputs({**x.tensors, "query": query}, grad_out[crop])
+
+        def cut(results: dict[str, Tensor]) -> dict[str, Tensor]:
+            whole = results["out"].shape[-2:] == (height, width)
+            cuts = {"out": results["out"][window if whole else inner]}
+            if whole and "grad query" in results:
+                cuts["grad query"] = results["grad query"][crop]
+            return results | cuts
+
+        return Excerpt(Inputs(x.tensors, grad_out), part, cut)
+
+    @staticmethod
+    def _arguments(x: Inputs) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        query, *levels = x.tensors.values()
+        return query, levels[: len(levels) // 2], levels[len(levels) // 2 :]
+
+    def ours(self, x: Inputs, backend: str) -> Tensor:
+        return pyramid_attention(*self._arguments(x), backend=backend)
+
+    def published(self, x: Inputs, function: Callable[..., Tensor] = published_pyramid_attention) -> Tensor:
+        return function(*self._arguments(x))
+
+    def why_not(self, x: Inputs) -> dict[str, str | None]:
+        """Why each backend cannot run the call, or None."""
+        return explain(pyramid_attention, *self._arguments(x)).why_not
+
+
+Case = TopKCase | MaskedCase | PyramidCase
 
 CPU_CASES: tuple[Case, ...] = (
     TopKCase("channel", (1, 1, 48, 128 * 128), DRSFORMER_BRANCHES),
@@ -189,6 +367,10 @@ CPU_CASES: tuple[Case, ...] = (
     MaskedCase("channel", (1, 2, 24, 64 * 64)),
     MaskedCase("token", (1, 1, 16, 128 * 128, 48)),
     MaskedCase("token", (1, 1, 128 * 128, 16, 48)),
+    PyramidCase((1, 32, 64, 48, 48), backward=False),
+    PyramidCase((1, 32, 64, 48, 48)),
+    PyramidCase((1, 32, 64, 96, 96), backward=False),
+    PyramidCase((1, 32, 64, 96, 96)),
 )
 GPU_CASES: tuple[Case, ...] = (
     TopKCase("channel", (8, 1, 48, 128 * 128), DRSFORMER_BRANCHES),
@@ -202,4 +384,14 @@ GPU_CASES: tuple[Case, ...] = (
     MaskedCase("channel", (8, 2, 24, 64 * 64)),
     MaskedCase("token", (8, 1, 16, 256 * 256, 48)),
     MaskedCase("token", (8, 1, 256 * 256, 16, 48)),
+    PyramidCase((8, 32, 64, 48, 48), backward=False),
+    PyramidCase((8, 32, 64, 48, 48)),
+    PyramidCase((1, 32, 64, 96, 96), backward=False),
+    PyramidCase((1, 32, 64, 96, 96)),
+)
+# Ours alone: the published computation takes 9 GiB for the scores and their gradients at 128x128.
+GROWTH_CASES = tuple(
+    PyramidCase((1, 32, 64, side, side), backward)
+    for side in (48, 64, 96, 128, 192)
+    for backward in (False, True)
 )

@@ -32,6 +32,7 @@ def interleave(
     *,
     seconds: float = 2.0,
     min_runs: int = 5,
+    warm_ups: int = 2,
     device: str = "cpu",
 ) -> dict[str, Timing]:
     """Time each alternative, one call of each in turn, until ``seconds`` have passed.
@@ -40,15 +41,16 @@ def interleave(
     GPU, device events are read and the cache is swept between calls.
 
     Args:
-        alternatives: name -> call without arguments. Two calls of each warm up first.
+        alternatives: name -> call without arguments.
         seconds: time to spend on measuring, for all alternatives together.
         min_runs: calls of each at the least, whatever the time.
+        warm_ups: calls of each that come first and do not count.
         device: where the calls run: ``"cpu"`` or ``"cuda"``.
     """
     once = _once_on_gpu(torch.device(device)) if torch.device(device).type == "cuda" else _once_on_cpu
     for call in alternatives.values():
-        once(call)
-        once(call)
+        for _ in range(warm_ups):
+            once(call)
     samples: dict[str, list[float]] = {name: [] for name in alternatives}
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or min(map(len, samples.values())) < min_runs:

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from restore_kernels.info import info
-from restore_kernels.profiling.cases import CPU_CASES, GPU_CASES, Case
+from restore_kernels.profiling.cases import CPU_CASES, GPU_CASES, GROWTH_CASES, Case, Inputs
 from restore_kernels.profiling.machine import ceilings, peak_extra_memory, processor_name
 from restore_kernels.profiling.measure import interleave
 
@@ -32,6 +33,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # How far a backend may be from the float64 result, in units of the published computation's own distance
 # in the same dtype; and a floor in units of the dtype's precision, for results that happen to be exact.
 ERROR_RATIO, ERROR_FLOOR = 4.0, 8.0
+
+# A call of more operations than this takes seconds on a CPU: fewer are made of it.
+SLOW = 2e10
 
 
 def runnable_backends(case: Case, device: str, dtype: torch.dtype) -> list[str]:
@@ -48,10 +52,14 @@ def relative_errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dic
 
 def wrong(case: Case, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why the backend's output or a gradient is not right, or None."""
-    x = case.inputs(dtype, device, seed=1)
-    truth = x.double().results(lambda exact: case.ours(exact, "eager"))
-    eager = relative_errors(x.results(lambda x: case.ours(x, "eager")), truth)
-    ours = relative_errors(x.results(lambda x: case.ours(x, backend)), truth)
+    excerpt = case.excerpt(case.inputs(dtype, device, seed=1))
+
+    def results(x: Inputs, name: str) -> dict[str, Tensor]:
+        return excerpt.cut(x.results(lambda x: case.ours(x, name), case.backward))
+
+    truth = results(excerpt.part.double(), "eager")
+    eager = relative_errors(results(excerpt.part, "eager"), truth)
+    ours = relative_errors(results(excerpt.whole, backend), truth)
     floor = ERROR_FLOOR * torch.finfo(dtype).eps
     for name, error in ours.items():
         if not error <= max(ERROR_RATIO * eager[name], floor):
@@ -59,34 +67,50 @@ def wrong(case: Case, backend: str, device: str, dtype: torch.dtype) -> str | No
     return None
 
 
-def measure(case: Case, device: str, dtype: torch.dtype, seconds: float, compiled: bool) -> dict[str, Any]:
-    """One row of the results: every alternative's time, and what it means against the ceilings."""
+def measure(
+    case: Case, device: str, dtype: torch.dtype, seconds: float, *, compared: bool = True,
+    compiled: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """One row of the results: every alternative's time, and what it means against the ceilings.
+
+    Args:
+        compared: the published computation is timed too, if ``compiled`` under torch.compile as well.
+    """
     x = case.inputs(dtype, device)
     row: dict[str, Any] = {
-        "case": case.name, "dtype": str(dtype).removeprefix("torch."), "pass": "forward and backward",
-        "flops": case.flops, "bytes": case.elements * x.grad_out.element_size(),
+        "case": case.name, "dtype": str(dtype).removeprefix("torch."),
+        "pass": case.timed,
+        "flops": case.flops, "bytes": case.elements * x.grad_out.element_size(), "pairs": case.pairs,
         "alternatives": {}, "wrong": {},
     }  # fmt: skip
-    calls = {"eager": lambda: x.training_step(case.published)}
-    if compiled:
+    calls: dict[str, Callable[[], None]] = {}
+    if compared:
+        calls["eager"] = lambda: case.step(x, case.published)
+    if compared and compiled:
         function = torch.compile(case.published_function)
-        calls["torch.compile"] = lambda: x.training_step(lambda x: case.published(x, function))
+        calls["torch.compile"] = lambda: case.step(x, lambda x: case.published(x, function))
+    published = set(calls)
     for backend in runnable_backends(case, device, dtype):
         reason = wrong(case, backend, device, dtype)
         if reason is not None:  # no speed for a wrong result
             row["wrong"][backend] = reason
             continue
-        calls[backend] = lambda backend=backend: x.training_step(lambda x: case.ours(x, backend))
-    for name, timing in interleave(calls, seconds=seconds, device=device).items():
-        row["alternatives"][name] = dataclasses.asdict(timing)
+        calls[backend] = lambda backend=backend: case.step(x, lambda x: case.ours(x, backend))
+    if not calls:
+        return row
+    effort = {"min_runs": 3, "warm_ups": 1} if case.flops > SLOW else {}
+    for name, timing in interleave(calls, seconds=seconds, device=device, **effort).items():
+        flops = case.published_flops if name in published else case.flops
+        row["alternatives"][name] = {**dataclasses.asdict(timing), "flops": flops}
     for name, call in calls.items():
         if device == "cuda":
             row["alternatives"][name]["peak_extra_bytes"] = peak_extra_memory(call, device)
     return row
 
 
-def cpu_memory(index: int, backend: str) -> int | None:
-    """Peak extra memory of a case's first forward and backward, in a process of its own."""
+def cpu_memory(case: Case, backend: str) -> int | None:
+    """Peak extra memory of a case's first step, in a process of its own."""
+    index = (*CPU_CASES, *GROWTH_CASES).index(case)
     script = (
         "from restore_kernels.profiling.run import first_step_memory; "
         f"print(first_step_memory({index}, {backend!r}))"
@@ -97,12 +121,12 @@ def cpu_memory(index: int, backend: str) -> int | None:
 
 def first_step_memory(index: int, backend: str) -> int | None:
     torch.set_num_threads(2)
-    case = CPU_CASES[index]
+    case = (*CPU_CASES, *GROWTH_CASES)[index]
     steps = []
     for each in (case.small, case):  # the small one loads libraries and starts threads
         x = each.inputs(torch.float32, "cpu")
         forward = each.published if backend == "eager" else partial(each.ours, backend=backend)
-        steps.append(partial(x.training_step, forward))
+        steps.append(partial(each.step, x, forward))
     steps[0]()
     return peak_extra_memory(steps[1], "cpu")
 
@@ -119,7 +143,10 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for the results file; without it only a table is printed"
     )
+    parser.add_argument("--only", metavar="TEXT", help="cases whose names have this in them; not with --out")
     args = parser.parse_args()
+    if args.only and args.out:
+        parser.error("a results file has every case: give --only or --out")
     torch.set_num_threads(args.threads)
 
     device = args.device
@@ -128,33 +155,41 @@ def main() -> None:
         "machine": {**info(), "processor": processor_name()},
         "ceilings": {},
         "cases": [],
+        "growth": [],
     }
     for name in names:
         limits = results["ceilings"][name] = ceilings(device, DTYPES[name])
         print(f"{name}: copies {limits['copy_bytes_per_second'] / 1e9:.1f} GB/s, "
               f"multiplies {limits['flops_per_second'] / 1e9:.0f} GFLOP/s")  # fmt: skip
-        for index, case in enumerate(CASES[device]):
-            row = measure(case, device, DTYPES[name], args.seconds, args.compile)
-            if device == "cpu" and name == "float32":
-                for alternative, entry in row["alternatives"].items():
-                    if alternative != "torch.compile":
-                        entry["peak_extra_bytes"] = cpu_memory(index, alternative)
-            results["cases"].append(row)
-            print(describe(row, limits), flush=True)
+        for kind, cases in (("cases", CASES[device]), ("growth", GROWTH_CASES)):
+            for case in cases:
+                if args.only and args.only not in case.name:
+                    continue
+                row = measure(
+                    case, device, DTYPES[name], args.seconds, compared=kind == "cases", compiled=args.compile
+                )
+                if device == "cpu" and name == "float32":
+                    for alternative, entry in row["alternatives"].items():
+                        if alternative != "torch.compile":
+                            entry["peak_extra_bytes"] = cpu_memory(case, alternative)
+                results[kind].append(row)
+                print(describe(row, limits), flush=True)
     if args.out:
         save(results, args.out)
 
 
 def describe(row: dict[str, Any], limits: dict[str, float]) -> str:
-    baseline = row["alternatives"]["eager"]["median"]
-    lines = [f"{row['case']} {row['dtype']}"]
-    for name, entry in row["alternatives"].items():
+    """The row in words; operations are those that each alternative makes."""
+    alternatives = row["alternatives"]
+    lines = [f"{row['case']} {row['dtype']}, {row['pass']}"]
+    for name, entry in alternatives.items():
         seconds, extra = entry["median"], entry.get("peak_extra_bytes")
         lines.append(
             f"  {name:<14}{seconds * 1e3:9.3f} ms ({entry['p20'] * 1e3:.3f} to {entry['p80'] * 1e3:.3f})"
-            f"{baseline / seconds:7.1f}x"
-            f"  {row['flops'] / seconds / limits['flops_per_second']:5.0%} of FLOP/s"
+            + (f"{alternatives['eager']['median'] / seconds:7.1f}x" if "eager" in alternatives else "")
+            + f"  {entry['flops'] / seconds / limits['flops_per_second']:5.0%} of FLOP/s"
             f"  {row['bytes'] / seconds / limits['copy_bytes_per_second']:5.0%} of bandwidth"
+            + ("" if row["pairs"] is None else f"  {seconds / row['pairs'] * 1e9:6.3f} ns per pair")
             + ("" if extra is None else f"  {extra / 2**20:8.1f} MiB")
         )
     lines += [f"  {name:<14}WRONG, no speed: {reason}" for name, reason in row["wrong"].items()]

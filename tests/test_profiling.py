@@ -1,0 +1,112 @@
+"""What the benchmarks count, how they judge correctness, and what is drawn of their results."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from restore_kernels.profiling import run
+from restore_kernels.profiling.cases import CPU_CASES, GPU_CASES, GROWTH_CASES, PyramidCase
+
+ROOT = Path(__file__).parents[1]
+CASE = PyramidCase((2, 4, 5, 20, 22))
+
+
+def script(name: str) -> ModuleType:
+    """A driver in benchmarks/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_operations_of_pyramid_attention():
+    """Multiply-adds per pair of positions with 32 channels of queries and keys and 64 of values."""
+    forward, both = (PyramidCase((1, 32, 64, 10, 20), backward) for backward in (False, True))
+    levels = 10 * 20 + 9 * 18 + 8 * 16 + 7 * 14 + 6 * 12
+    assert forward.pairs == both.pairs == 200 * levels
+    assert [case.flops / (2 * case.pairs) for case in (forward, both)] == [128, 448]
+    assert [case.published_flops / (2 * case.pairs) for case in (forward, both)] == [9 * 96, 3 * 9 * 96]
+
+
+def test_every_case_has_a_name_of_its_own():
+    for cases in (CPU_CASES, GPU_CASES, GROWTH_CASES):
+        assert len({str(case) for case in cases}) == len(cases)
+
+
+@pytest.mark.parametrize("case", {type(case): case.small for case in CPU_CASES}.values(), ids=str)
+def test_the_published_computation_is_the_operator(case):
+    x = case.inputs(torch.float32, "cpu").double()
+    ours = x.results(lambda x: case.ours(x, "eager"))
+    published = x.results(case.published)
+    for name, result in ours.items():
+        torch.testing.assert_close(published[name], result, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("height", [3, 9, 20])
+@pytest.mark.parametrize("width", [3, 22, 70])
+def test_an_excerpt_is_part_of_the_whole(height, width):
+    case = replace(CASE, shape=(2, 4, 5, max(height, 2), max(width, 2)))
+    excerpt = case.excerpt(case.inputs(torch.float32, "cpu"))
+    whole, part = (
+        excerpt.cut(x.double().results(lambda x: case.ours(x, "eager")))
+        for x in (excerpt.whole, excerpt.part)
+    )
+    assert whole.keys() == part.keys()
+    for name, x in part.items():
+        assert x.numel() and x.any()
+        torch.testing.assert_close(whole[name], x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("fault", ["out", "grad query", "grad keys[1]", "grad values[4]"])
+def test_no_speed_for_a_wrong_result(monkeypatch, fault):
+    """Not even where only a corner of the excerpt is wrong."""
+    results = run.Inputs.results
+
+    def faulty(x, forward, backward=True):
+        found = {name: result.detach().clone() for name, result in results(x, forward, backward).items()}
+        if x.tensors["query"].shape[2] == 20 and x.grad_out.dtype == torch.float32:  # of the whole
+            found[fault][..., -1, 8] *= 1.01
+        return found
+
+    assert run.wrong(CASE, "eager", "cpu", torch.float32) is None
+    monkeypatch.setattr(run.Inputs, "results", faulty)
+    assert fault in (run.wrong(CASE, "eager", "cpu", torch.float32) or "")
+
+
+@pytest.fixture
+def row() -> dict:
+    return run.measure(replace(CASE, backward=False), "cpu", torch.float32, seconds=0.0)
+
+
+def test_a_row_of_the_results(row):
+    assert row["pass"] == "forward" and row["pairs"] == CASE.pairs
+    eager = row["alternatives"]["eager"]
+    assert eager["runs"] >= 5 and 0 < eager["p20"] <= eager["median"] <= eager["p80"]
+    assert eager["flops"] == replace(CASE, backward=False).published_flops
+    limits = {"flops_per_second": 1e11, "copy_bytes_per_second": 1e10}
+    assert "ns per pair" in run.describe(row, limits)
+
+
+def test_tables_and_the_plot(row, tmp_path):
+    pytest.importorskip("matplotlib")
+    machine = {"gpu": None, "processor": "a processor", "threads": 2, "torch": "2"}
+    growth = [{**row, "case": f"pyramid_attention 1x4+5x{side}x{side}"} for side in (96, 48)]
+    ceilings = {"float32": {"flops_per_second": 1e11, "copy_bytes_per_second": 1e10}}
+    result = {"machine": machine, "ceilings": ceilings, "cases": [row], "growth": growth}
+    text = script("tables").table(result)
+    assert "| pyramid_attention 2x4+5x20x22, float32, forward | eager |" in text
+    assert text.count(" ns |") == 2 * len(row["alternatives"])
+    drawing = script("growth")
+    curves = drawing.curves(result)
+    assert [point[0] for point in curves["forward, eager, float32"]] == [48, 96]
+    for picture in (tmp_path / "a.svg", tmp_path / "b.svg"):
+        drawing.draw({drawing.machine_name(result): curves}, picture)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert "a processor, 2 threads" in (tmp_path / "a.svg").read_text()
