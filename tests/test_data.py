@@ -12,9 +12,11 @@ from restore_nets.data import (
     Pair,
     PairedCrops,
     degraded_pairs,
+    middle,
     read_pairs,
     read_photos,
     shrink,
+    synthetic_crops,
 )  # fmt: skip
 from restore_nets.images import write_image
 from restore_nets.photos import TRAINING, UNSEEN, shipped_photos
@@ -81,6 +83,108 @@ def test_pairs_are_cropped_and_mirrored_together():
     assert not torch.equal(seen[0], seen[1])
 
 
+@pytest.mark.parametrize("scale", [2, 3])
+def test_pairs_of_different_sizes_are_cropped_at_the_same_place(scale):
+    task = create_task("sr", scale=scale)
+    small = photo(20, 24)
+    pairs = [Pair("a", small, small.repeat_interleave(scale, 1).repeat_interleave(scale, 2))]
+    corners = set()
+    for x, y in PairedCrops(task, pairs, steps=8, batch=4, crop=4 * scale, seed=0):
+        assert x.shape == (4, 3, 4, 4)
+        assert torch.equal(y, x.repeat_interleave(scale, 2).repeat_interleave(scale, 3))
+        corners |= {tuple(crop[:, 0, 0].tolist()) for crop in x}
+    assert len(corners) > 8
+    with pytest.raises(ValueError, match=rf"crop must be a multiple of the scale of .*{scale}\); got 7"):
+        PairedCrops(task, pairs, 1, 1, 7, 0)
+
+
+def orientations(picture: torch.Tensor) -> list[np.ndarray]:
+    """The eight that a square can have; the first and the fifth are upright."""
+    return [
+        x.rot90(turns, (1, 2)).contiguous().numpy()
+        for x in (picture, picture.flip(-1)) for turns in range(4)
+    ]  # fmt: skip
+
+
+def test_crops_are_turned_where_the_task_allows_it():
+    clean = photo(16, 16)
+    turned = {orientation.tobytes() for orientation in orientations(clean)}
+    for name, count in (("denoise", 8), ("jpeg", 8), ("demosaic", 8), ("derain", 2)):
+        task = create_task(name)
+        pairs = [Pair("a", clean, clean)]
+        crops = synthetic_crops(task, {"a": clean}, 8, 8, 16, 0)
+        if name == "derain":  # its exposures change the crops
+            crops = PairedCrops(task, pairs, 8, 8, 16, 0)
+        seen = {(255 * y).round().byte().contiguous().numpy().tobytes() for _, batch in crops for y in batch}
+        assert seen <= turned
+        assert len(seen) == count
+
+
+def test_pairs_of_mosaics_keep_their_pattern():
+    task = create_task("demosaic")
+    (pair,) = degraded_pairs(task, {"a": 100 + photo() % 100}, 0)
+    crops = PairedCrops(task, [pair], steps=20, batch=2, crop=15, seed=0)
+    seen = set()
+    for x, y in crops:
+        for degraded, clean in zip(x, y, strict=True):
+            assert torch.equal(degraded, task.network_input(clean))
+            seen.add(float(clean[0, 0, 0]))
+    assert len(seen) > 10
+    synthetic = synthetic_crops(task, {"a": photo()}, 4, 2, 15, 0)
+    for x, y in synthetic:
+        assert torch.equal(x, torch.stack([task.network_input(clean) for clean in y]))
+
+
+@pytest.mark.parametrize("name", ["jpeg", "sr"])
+def test_crops_are_cut_out_of_degraded_photos(name):
+    """A degraded pixel depends on its neighbours: so it also does at the border of a crop."""
+    task = create_task(name)
+    clean = {"a": photo(40, 48)}
+    (pair,) = degraded_pairs(task, clean, 0)
+    whole = pair.degraded
+    degraded, _ = synthetic_crops(task, clean, 1, 6, 16, 0)[0]
+    side = 16 // task.scale
+    corners = [
+        (y, x) for y in range(whole.shape[1] - side + 1) for x in range(whole.shape[2] - side + 1)
+    ]  # fmt: skip
+    places = {
+        orientation.tobytes()
+        for y, x in corners
+        for orientation in orientations(whole[:, y : y + side, x : x + side])
+    }
+    for crop in degraded:
+        assert (255 * crop).round().byte().contiguous().numpy().tobytes() in places
+
+
+def test_noise_is_new_in_every_crop():
+    task = create_task("denoise", sigma=30)
+    clean = {"a": torch.full((3, 20, 20), 128, dtype=torch.uint8)}
+    x, y = synthetic_crops(task, clean, 1, 2, 16, 0)[0]
+    assert not torch.equal(x[0], x[1])
+    assert torch.equal(y[0], y[1])
+    (pair,) = degraded_pairs(task, {"a": torch.zeros(3, 20, 20, dtype=torch.uint8)}, 0)
+    assert pair.degraded.min() < 0  # neither clipped nor rounded
+
+
+def test_middle_of_a_pair():
+    rain = Pair("a", photo(21, 33), photo(21, 33), torch.rand(21, 33))
+    cut = middle(rain, 11, RAIN)
+    assert torch.equal(cut.clean, rain.clean[:, 5:16, 11:22])
+    assert torch.equal(cut.degraded, rain.degraded[:, 5:16, 11:22])
+    assert torch.equal(cut.truth, rain.truth[5:16, 11:22])
+    assert torch.equal(middle(rain, 40, RAIN).clean, rain.clean)
+
+    small = photo(21, 33)
+    enlarged = Pair("a", small, small.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    cut = middle(enlarged, 25, create_task("sr", scale=2))
+    assert cut.clean.shape == (3, 24, 24)
+    assert torch.equal(cut.clean, cut.degraded.repeat_interleave(2, 1).repeat_interleave(2, 2))
+
+    (mosaic,) = degraded_pairs(create_task("demosaic"), {"a": 1 + photo(20, 33) // 2}, 0)
+    cut = middle(mosaic, 10, create_task("demosaic"))
+    assert (cut.degraded[0, 0::2, 0::2] > 0).all()
+
+
 def test_photo_smaller_than_the_crop_is_named():
     with pytest.raises(ValueError, match=r"photo small \(50x10\) must be at least crop=16"):
         DegradedCrops(RAIN, {"a": photo(), "small": photo(10, 50)}, 1, 1, 16, 0)
@@ -139,6 +243,18 @@ def test_folder_of_pairs(tmp_path):
         read_pairs(tmp_path)
     save(tmp_path / "target" / "2.png", photo(40, 51))
     with pytest.raises(ValueError, match=r"2\.png must have one size.*50x40 and 51x40"):
+        read_pairs(tmp_path)
+
+
+def test_folder_of_pairs_of_different_sizes(tmp_path):
+    save(tmp_path / "input" / "1.png", photo(20, 30))
+    save(tmp_path / "target" / "1.png", photo(40, 60))
+    (pair,) = read_pairs(tmp_path, scale=2)
+    assert pair.degraded.shape == (3, 20, 30)
+    assert pair.clean.shape == (3, 40, 60)
+    with pytest.raises(ValueError, match=r"1\.png must be 3 times as wide and high.*30x20 and 60x40"):
+        read_pairs(tmp_path, scale=3)
+    with pytest.raises(ValueError, match=r"1\.png must have one size.*30x20 and 60x40"):
         read_pairs(tmp_path)
 
 

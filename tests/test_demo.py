@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from scipy.ndimage import median_filter as scipy_median_filter
 
 import restore_kernels
 import restore_kernels.nn
@@ -19,7 +18,6 @@ from restore_nets.images import read_image, write_image
 from restore_nets.kernel_checks import follow_losses
 from restore_nets.restoring import restore
 from restore_nets.tasks import list_tasks
-from restore_nets.tasks.derain import median_filter
 from restore_nets.training import Trainer
 
 
@@ -217,12 +215,6 @@ def test_seconds_become_steps(photos, tmp_path):
     few, many = (demo.steps_within(s, lambda: demo.make_trainer(material, options, 10)) for s in (1e-6, 100))
     assert few == 1
     assert many > 100
-
-
-def test_median_filter_is_that_of_scipy():
-    image = photo(0, 13, 17)
-    expected = scipy_median_filter(image.numpy(), size=(1, 3, 3), mode="nearest")
-    assert torch.equal(median_filter(image), torch.from_numpy(expected))
 
 
 def test_busiest_window_finds_the_difference():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from restore_nets import create_model
 from restore_nets.images import read_colour_profile, read_image, write_image
 from restore_nets.restoring import OVERLAP, SMALLEST_TILE, plan, restore, restore_files, spans
+from restore_nets.tasks import create_task
 
 
 class Local(nn.Module):
@@ -71,6 +72,51 @@ def test_tiles_of_a_local_network_equal_the_whole(size):
     torch.testing.assert_close(tiled[:, inside], whole[:, inside], rtol=0, atol=1e-6)
 
 
+class Enlarging(Local):
+    """A network that enlarges: it sees 5x5 pixels around each, and writes scale x scale for it."""
+
+    def __init__(self, scale: int) -> None:
+        super().__init__()
+        self.scale = scale
+        self.conv = nn.Conv2d(3, 3 * scale**2, 5, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(super().forward(x), self.scale)
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+def test_tiles_of_an_enlarging_network_equal_the_whole(scale):
+    image, model = photo(200, 310), Enlarging(scale)
+    whole = restore(model, image, tile=0)
+    assert whole.shape == (3, scale * 200, scale * 310)
+    with torch.no_grad():
+        torch.testing.assert_close(whole, model(image[None])[0])
+    model.sides.clear()
+    tiled = restore(model, image, tile=SMALLEST_TILE)
+    assert max(model.sides) <= SMALLEST_TILE
+    assert len(model.sides) > 2
+    assert tiled.shape == whole.shape
+    # As above: at a tile's edge zeros are seen, where the weight is next to nothing.
+    assert (tiled - whole).abs().max() < 0.4 * 2.5 / OVERLAP
+    inside = torch.ones(whole.shape[1:], dtype=torch.bool)
+    for axis, length in enumerate(image.shape[1:]):
+        for span in spans(length, SMALLEST_TILE, scale):
+            for edge in {span.start, span.end} - {0, length}:
+                inside.index_fill_(axis, torch.arange(scale * (edge - 3), scale * (edge + 3)), False)
+    torch.testing.assert_close(tiled[:, inside], whole[:, inside], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_spans_fade_at_the_size_of_the_result(scale):
+    total = torch.zeros(scale * 1000)
+    largest = 0.0
+    for span in spans(1000, 256, scale):
+        total[span.outside] += span.weights
+        largest = max(largest, float(span.weights.diff().abs().max()))
+    torch.testing.assert_close(total, torch.ones(scale * 1000))
+    assert largest < 1.1 / (scale * (OVERLAP - 4))
+
+
 class TwoOutputs(Local):
     """The same, with a second result at half resolution."""
 
@@ -104,6 +150,21 @@ def test_odd_sizes(size):
     with torch.no_grad():
         expected = model(image[None])[0].clamp(0, 1)
     torch.testing.assert_close(restore(model, image), expected)
+
+
+@pytest.mark.parametrize("tile", [0, SMALLEST_TILE])
+@pytest.mark.parametrize(
+    ("name", "options", "scale"),
+    [("panet", {"n_resblocks": 2, "n_feats": 4}, 1), ("pa_edsr", {"n_feats": 8, "scale": 3}, 3)],
+)
+def test_pyramid_networks(name, options, scale, tile):
+    torch.manual_seed(0)
+    model = create_model(name, **{"n_resblocks": 2, **options})
+    image = photo(11, 18)
+    with torch.no_grad():
+        expected = model(image[None])[0].clamp(0, 1)
+    assert expected.shape == (3, 11 * scale, 18 * scale)
+    torch.testing.assert_close(restore(model, image, tile), expected)
 
 
 def test_result_stays_in_range():
@@ -189,6 +250,18 @@ def test_result_that_is_not_finite_is_a_failure(folder, tmp_path):
     failures = restore_files(Broken(), plan([folder / "a.png"], tmp_path / "out").jobs, 0)
     assert "finite" in failures[folder / "a.png"]
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_network_gets_photos_as_its_task_takes_them(tmp_path):
+    class Same(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    write_image(tmp_path / "a.png", photo(8, 8))
+    jobs, task = plan([tmp_path / "a.png"], tmp_path / "out").jobs, create_task("demosaic")
+    assert restore_files(Same(), jobs, 0, task=task) == {}
+    expected = task.network_input(read_image(tmp_path / "a.png"))
+    assert torch.equal(read_image(tmp_path / "out" / "a.png"), expected)
 
 
 def test_colour_profile_survives(tmp_path):

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from restore_nets import create_model, load_model
-from restore_nets.data import DegradedCrops
+from restore_nets.checkpoints import load_task
+from restore_nets.data import DegradedCrops, degraded_pairs, synthetic_crops, values
 from restore_nets.images import write_image
 from restore_nets.models.subtasks import half_size
 from restore_nets.recipe import DataRecipe, load_recipe
@@ -216,6 +217,20 @@ def test_crops_must_hold_the_window_of_ssim():
         Trainer(create_model(**TINY), crops, TrainingConfig(1, ssim_weight=0.1))
 
 
+def test_network_must_enlarge_as_the_task_does():
+    task = create_task("sr", scale=2)
+    crops = synthetic_crops(task, {"a": photo()}, 2, batch=2, crop=16, seed=0)
+    with pytest.raises(ValueError, match=r"photos 2 times for the task sr \(scale 2\); DDSANet .* 1 times"):
+        Trainer(create_model(**TINY), crops, TrainingConfig(1))
+    enlarging = create_model("pa_edsr", n_resblocks=2, n_feats=8, scale=2)
+    run = Trainer(enlarging, crops, TrainingConfig(2))
+    run.train()
+    assert len(run.losses) == 2
+    rain = DegradedCrops(RAIN, {"a": photo()}, 1, batch=2, crop=16, seed=0)
+    with pytest.raises(ValueError, match=r"photos 1 times for the task derain; PAEDSR enlarges 2 times"):
+        Trainer(enlarging, rain, TrainingConfig(1))
+
+
 def test_divergence_stops_training():
     run = trainer()
     with torch.no_grad():
@@ -292,6 +307,11 @@ def test_recipe(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file(learning_rate="1e-3", device="cpu", edge_weight="0.05"))
     assert recipe.learning_rate == 1e-3  # YAML 1.1 reads 1e-3 as text
     assert recipe.steps == 5
+    assert recipe.task == RAIN
+    assert load_recipe(recipe_file(task="demosaic")).task == create_task("demosaic")
+    noise = load_recipe(recipe_file(task="{name: denoise, sigma: 50}")).task
+    assert noise == create_task("denoise", sigma=50)
+    recipe_file()
     assert recipe.out == tmp_path / "out"
     assert recipe.data == DataRecipe(photos=str(tmp_path / "photos"))
     assert recipe.training_config() == TrainingConfig(5, 1e-3, edge_weight=0.05)
@@ -315,6 +335,12 @@ def test_recipe(recipe_file, tmp_path):
         ({"out": "3"}, "out must be a path; got 3"),
         ({"model": "{dim: 8}"}, "model must have the key name"),
         ({"seed": "-1"}, "seed must not be negative; got -1"),
+        ({"task": "denoize"}, r"task must be one of derain, .*; got 'denoize', did you mean denoise"),
+        ({"task": "{name: denoise, sigmas: 3}"}, r"task denoise has the option sigma; got 'sigmas', did"),
+        ({"task": "{name: denoise, sigma: much}"}, "sigma must be a number; got 'much'"),
+        ({"task": "{name: sr, scale: 5}"}, "scale must be one of 2, 3, 4; got 5"),
+        ({"task": "{sigma: 3}"}, "task must be a name, or a mapping of name and level; got {'sigma': 3}"),
+        ({"task": "3"}, "task must be a name, or a mapping of name and level; got 3"),
         ({"out": "[unclosed"}, "is not valid YAML"),
     ],
 )
@@ -361,6 +387,36 @@ def test_recipe_trains_on_pairs(recipe_file, tmp_path):
         write_image(tmp_path / "pairs" / part / "1.png", photo().float() / 255)
     recipe = load_recipe(recipe_file(data=f"{{pairs: {tmp_path / 'pairs'}}}", steps="1"))
     assert run_recipe(recipe, False, Silent()).exists()
+
+
+SMALL_NETWORKS = {
+    "denoise": {"name": "panet", "n_resblocks": 2, "n_feats": 4},
+    "demosaic": TINY,
+    "jpeg": {"name": "panet", "n_resblocks": 2, "n_feats": 4},
+    "sr": {"name": "pa_edsr", "n_resblocks": 2, "n_feats": 8, "scale": 2},
+}
+
+
+@pytest.mark.parametrize("name", SMALL_NETWORKS)
+@pytest.mark.parametrize("kind", ["photos", "pairs"])
+def test_recipe_of_every_task(name, kind, recipe_file, tmp_path):
+    task = create_task(name)
+    (pair,) = degraded_pairs(task, {"1.png": photo()}, 0)
+    for part, picture in (("input", pair.degraded), ("target", pair.clean)):
+        (tmp_path / "pairs" / part).mkdir(parents=True)
+        write_image(tmp_path / "pairs" / part / "1.png", values(picture))
+    changes = {} if kind == "photos" else {"data": f"{{pairs: {tmp_path / 'pairs'}}}"}
+    recipe = load_recipe(recipe_file(model=json.dumps(SMALL_NETWORKS[name]), task=name, steps="2", **changes))
+    weights = run_recipe(recipe, False, Silent())
+    assert load_task(weights) == task
+    assert len((weights.parent / "losses.csv").read_text().splitlines()) == 3
+
+
+def test_run_of_another_task_is_not_resumed(recipe_file):
+    noise = "{{name: denoise, sigma: {}}}"
+    run_recipe(load_recipe(recipe_file(task=noise.format(30), steps="2")), False, Silent())
+    with pytest.raises(ValueError, match=r"was trained with task = .*'sigma': 30.*; got .*'sigma': 50"):
+        run_recipe(load_recipe(recipe_file(task=noise.format(50), steps="2")), True, Silent())
 
 
 def test_recipe_without_checkpoint_cannot_be_resumed(recipe_file):

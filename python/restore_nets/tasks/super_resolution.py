@@ -75,7 +75,7 @@ class SuperResolution(Task):
     from_neighbours: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, bool) or self.scale not in SCALES:
+        if not isinstance(self.scale, int) or self.scale not in SCALES:
             raise ValueError(f"scale must be one of {', '.join(map(str, SCALES))}; got {self.scale!r}")
 
     def degrade(self, clean: Tensor, rng: np.random.Generator) -> Tensor:
