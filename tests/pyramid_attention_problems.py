@@ -23,6 +23,8 @@ EXPLANATION = explain(pyramid_attention, PROBE, [PROBE], [PROBE])
 BACKENDS = runnable(EXPLANATION)
 FUSED = [backend for backend in BACKENDS if backend != "eager"]
 
+ROUNDINGS_OF_A_SUM = 4
+
 Levels = tuple[tuple[int, int], ...]
 
 
@@ -125,9 +127,10 @@ def split(pairs: Tensor, levels: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def with_magnitudes(problem: Problem) -> Problem:
     """The problem with the size of the roundings of each result, in units of one.
 
-    A score has roundings of the size of its terms, by which its probability is off; the terms of every
-    later sum are many and their roundings independent, so that they add up as squares. Next to key patches
-    whose norm is clamped, gradients to keys may be huge: judged apart.
+    A score has roundings of the size of its terms, by which its probability is off, and a probability a few
+    more in every sum that it takes part in, of partial sums too. The terms of these sums are many and their
+    roundings independent, so that they add up as squares. Next to key patches whose norm is clamped,
+    gradients to keys may be huge: judged apart.
     """
     wide = {name: x.double() for name, x in problem.tensors.items()}
     query, keys, values = levels_of(wide)
@@ -135,7 +138,8 @@ def with_magnitudes(problem: Problem) -> Problem:
     scale = problem.options["softmax_scale"]
     score_sizes = reference.scores(query.abs(), [key.abs() for key in keys], size, abs(scale), eps)
     probabilities = exact_scores(problem).softmax(-1)
-    errors = (probabilities * (score_sizes.amax(-1, keepdim=True) + 1)).square()  # all below are squares
+    # From here on everything is squared.
+    errors = (probabilities * (score_sizes.amax(-1, keepdim=True) + ROUNDINGS_OF_A_SUM)).square()
     grad = out_scale * reference.patches(problem.grad_out.double(), size)  # (B, Cv * size², N)
     value_patches = torch.cat([reference.patches(value, size) for value in values], dim=2)
     products, terms = grad.mT @ value_patches, grad.abs().mT @ value_patches.abs()
