@@ -16,6 +16,8 @@ from torch import nn
 
 import restore_kernels
 from restore_nets import create_model, list_models, load_checkpoint, load_model, save_checkpoint
+from restore_nets.checkpoints import load_task
+from restore_nets.tasks import create_task
 
 OPTIONS: dict[str, Any] = {"dim": 4, "num_blocks": (1, 1, 1, 1), "heads": (1, 1, 1, 1), "mefc": False}
 CONFIG = {"name": "drsformer", **OPTIONS}
@@ -298,6 +300,32 @@ def test_others_may_read_what_is_saved(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_task_of_our_files(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(small(1), path, CONFIG, create_task("denoise", sigma=50).config())
+    assert load_task(path) == create_task("denoise", sigma=50)
+    save_checkpoint(small(1), path, CONFIG)
+    assert load_task(path) is None
+    assert load_task(write(tmp_path / "published.pth", small(1).state_dict())) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("no json", "must describe its task as JSON with a name; got 'no json'"),
+        ('{"sigma": 3}', "must describe its task as JSON with a name"),
+        ('{"name": "fly"}', "describes a task that cannot be made: task must be one of derain"),
+        ('{"name": "sr", "scale": 9}', "describes a task that cannot be made: scale must be one of 2, 3, 4"),
+    ],
+)
+def test_metadata_that_describes_no_task(tmp_path, task, message):
+    path = tmp_path / "model.safetensors"
+    save_file(small(1).state_dict(), path, metadata={"task": task})
+    with pytest.raises(ValueError, match=message) as raised:
+        load_task(path)
+    assert str(path) in str(raised.value)
 
 
 def test_metadata_is_the_config(tmp_path):

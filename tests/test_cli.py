@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from restore_nets import cli, create_model, save_checkpoint
+from restore_nets.checkpoints import load_task
 from restore_nets.images import read_image, write_image
+from restore_nets.tasks import create_task
 
 TINY = {
     "name": "ddsa", "dim": 4, "num_blocks": [1, 1, 1, 1], "heads": [1, 1, 1, 1], "ffn_expansion": 1.0,
@@ -92,7 +94,20 @@ def test_models(capsys):
         (["demo", "--photos", "absent"], "absent"),
         (["demo", "--model", "ddas"], "got 'ddas', did you mean ddsa?"),
         (["demo", "--device", "tpu"], "device must be cpu, cuda or cuda:N; got 'tpu'"),
+        (["demo", "--task", "denoize"], "got 'denoize', did you mean denoise"),
+        (["demo", "--task", "sr", "--level", "5"], "scale must be one of 2, 3, 4; got 5"),
+        (["demo", "--task", "jpeg", "--level", "0.5"], "quality must be an integer; got 0.5"),
+        (["demo", "--task", "denoise", "--level", "-1"], "sigma must be positive and finite; got -1"),
+        (["demo", "--level", "3"], "task derain has no level; got 3"),
+        (
+            ["demo", "--task", "sr", "--model", "ddsa"],
+            "task sr (scale 2); ddsa keeps the size of photos",
+        ),
+        (["demo", "--task", "jpeg", "--model", "pa_edsr"], "(quality 10); pa_edsr enlarges photos"),
         (["train"], "Missing option '--config'"),
+        (["train", "--config", "recipe.yaml", "--task", "demosiac"], "did you mean demosaic"),
+        (["train", "--config", "recipe.yaml", "--level", "30"], "task derain has no level; got 30"),
+        (["train", "--config", "recipe.yaml", "--task", "sr"], "must enlarge photos 2 times"),
         (["train", "--config", "absent.yaml"], "absent.yaml"),
         (["train", "--config", "recipe.yaml", "--edge-weight", "-1"], "edge_weight must not be negative"),
         (["train", "--config", "recipe.yaml", "--half-weight", "much"], "Invalid value for '--half-weight'"),
@@ -229,6 +244,39 @@ def test_every_network_trains_resumes_and_restores(name, recipe, photos, tmp_pat
     weights, out = tmp_path / "run" / "model.safetensors", tmp_path / "out"
     assert cli.run(["restore", str(weights), str(photos), "--out", str(out)]) == 0
     assert read_image(out / "a.png").shape == (3, 33, 21)
+
+
+TASK_ARGUMENTS = [
+    (["--task", "denoise", "--level", "50"], {"name": "denoise", "sigma": 50}),
+    (["--task", "demosaic"], {"name": "demosaic"}),
+    (["--task", "jpeg"], {"name": "jpeg", "quality": 10}),
+]
+
+
+@pytest.mark.parametrize(("arguments", "task"), TASK_ARGUMENTS)
+def test_train_and_restore_every_task(arguments, task, recipe, photos, tmp_path, capsys):
+    assert cli.run(["train", "--config", str(recipe), *arguments]) == 0
+    weights, out = tmp_path / "run" / "model.safetensors", tmp_path / "out"
+    assert load_task(weights) == create_task(**task)
+    assert cli.run(["restore", str(weights), str(photos), "--out", str(out), "--tile", "0"]) == 0
+    assert f"Trained for: {create_task(**task)}" in capsys.readouterr().out
+    assert read_image(out / "a.png").shape == (3, 33, 21)
+
+
+def test_super_resolution_writes_larger_photos(recipe, photos, tmp_path):
+    network = {"name": "pa_edsr", "n_resblocks": 2, "n_feats": 8, "scale": 3}
+    text = recipe.read_text().replace(json.dumps(TINY), json.dumps(network)).replace("crop: 16", "crop: 15")
+    recipe.write_text(text + "task: {name: sr, scale: 3}\n")
+    assert cli.run(["train", "--config", str(recipe)]) == 0
+    weights, out = tmp_path / "run" / "model.safetensors", tmp_path / "out"
+    assert cli.run(["restore", str(weights), str(photos), "--out", str(out)]) == 0
+    assert read_image(out / "a.png").shape == (3, 99, 63)
+
+
+def test_level_takes_the_place_of_the_recipes(recipe, tmp_path):
+    recipe.write_text(recipe.read_text() + "task: {name: denoise, sigma: 10}\n")
+    assert cli.run(["train", "--config", str(recipe), "--level", "70"]) == 0
+    assert load_task(tmp_path / "run" / "model.safetensors") == create_task("denoise", sigma=70)
 
 
 def test_weights_of_losses_take_the_place_of_the_recipes(recipe, tmp_path, capsys):

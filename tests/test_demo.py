@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,11 +15,14 @@ from rich.console import Console
 import restore_kernels
 import restore_kernels.nn
 from restore_nets import cli, create_model, demo, figures, list_models, load_model
+from restore_nets.checkpoints import load_task
+from restore_nets.data import values
 from restore_nets.demo_recipes import DEFAULT_MODELS, DEFAULT_TASK, RECIPES, DemoRecipe
 from restore_nets.images import read_image, write_image
 from restore_nets.kernel_checks import follow_losses
-from restore_nets.restoring import restore
-from restore_nets.tasks import list_tasks
+from restore_nets.metrics import PRESETS, score
+from restore_nets.restoring import restore, scale_of
+from restore_nets.tasks import create_task, list_tasks, task_at
 from restore_nets.training import Trainer
 
 
@@ -118,6 +123,76 @@ def test_every_network_is_demonstrated(name, photos, tmp_path, capsys):
     assert f"--model {name} --steps 4" in page
 
 
+@pytest.mark.parametrize(
+    ("name", "level", "picture"),
+    [
+        ("denoise", 30, "noisy"),
+        ("demosaic", None, "bilinear"),
+        ("jpeg", 20, "compressed"),
+        ("sr", 2, "bicubic"),
+    ],
+)
+def test_every_task_is_demonstrated(name, level, picture, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--task", name] if level is None else ["--task", name, "--level", str(level)]
+    assert cli.run(["demo", *arguments, "--photos", str(photos), "--out", str(out)]) == 0
+    task = task_at(name, level)
+    assert load_task(out / "model.safetensors") == task
+    assert f"dB {picture}" in capsys.readouterr().out
+    assert read_image(out / "5.png").shape[2] == 3 * 56 + 2 * 8  # all pictures at the clean one's size
+    page = (out / "report.html").read_text()
+    assert References(page).images >= 6
+    words = (
+        f"{picture} → restored",
+        f"{task.metric}: {PRESETS[task.metric]}",
+        task.labels.made,
+        task.labels.done,
+    )
+    for text in (*words, f"{' '.join(arguments)} --model {DEFAULT_MODELS[name]} --steps 4"):
+        assert html.escape(text, quote=False) in page.replace("&#39;", "'")
+    for text in ("rain", "Rain", "3×3 median"):
+        assert text not in page.replace("training", "").replace("trained", "").replace("Training", "")
+
+
+@pytest.mark.parametrize("name", ["denoise", "demosaic", "jpeg", "sr"])
+def test_figures_of_a_result_are_those_of_its_pictures(name, photos, tmp_path):
+    task = create_task(name)
+    result = demo.run(demo.Options(tmp_path / "out", photos=photos, task=task), Console(quiet=True))
+    (unseen,) = result.results
+    clean = photo(5)
+    torch.testing.assert_close(unseen.clean, clean, rtol=0, atol=0.51 / 255)
+    (pair,) = result.material.unseen
+    assert torch.equal(unseen.degraded, task.before(values(pair.degraded)))
+    network = load_model(tmp_path / "out" / "model.safetensors")
+    restored = (255 * restore(network, values(pair.degraded))).round() / 255
+    torch.testing.assert_close(unseen.restored, restored)
+    for picture, figure in ((unseen.degraded, unseen.before), (unseen.restored, unseen.after)):
+        assert figure == score(picture, unseen.clean, task.metric)
+    assert (unseen.classical is None) == (name in ("demosaic", "sr"))
+
+
+@pytest.mark.parametrize("name", ["demosaic", "sr"])
+def test_pairs_of_every_task(name, tmp_path):
+    task = create_task(name)
+    for index in range(3):
+        clean = photo(index)
+        for part, picture in (("input", task.degrade(clean, np.random.default_rng(0))), ("target", clean)):
+            (tmp_path / "pairs" / part).mkdir(parents=True, exist_ok=True)
+            write_image(tmp_path / "pairs" / part / f"{index}.png", picture)
+    options = demo.Options(tmp_path / "out", pairs=tmp_path / "pairs", task=task)
+    result = demo.run(options, Console(quiet=True))
+    assert [r.name for r in result.results] == ["2.png"]
+    assert "The pairs are yours" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_unseen_photos_are_cut_to_what_the_recipe_restores(photos, tmp_path, monkeypatch):
+    recipes = {"panet": replace(demo.RECIPES["panet"], restored=30)}
+    monkeypatch.setattr(demo, "RECIPES", recipes)
+    for task in (create_task("denoise"), create_task("demosaic")):
+        (pair,) = demo.prepare(demo.Options(tmp_path, photos=photos, task=task)).unseen
+        assert pair.clean.shape == pair.degraded.shape == (3, 30, 30)
+
+
 def test_every_network_has_a_recipe_that_fits_it():
     assert sorted(RECIPES) == list_models()
     assert set(DEFAULT_MODELS.values()) <= set(RECIPES)
@@ -161,6 +236,18 @@ def test_streaks_of_real_pairs_are_not_known(pairs, tmp_path):
 def test_unknown_network_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"model must be one of .*; got 'ddas', did you mean ddsa\?"):
         demo.Options(tmp_path, model="ddas")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_networks_fit_the_tasks_of_their_scale(name, tmp_path):
+    for task in map(create_task, list_tasks()):
+        if RECIPES[name].enlarges == (task.name == "sr"):
+            network = demo.Options(tmp_path, model=name, task=task).network
+            with torch.device("meta"):
+                assert scale_of(create_model(**network)) == task.scale
+        else:
+            with pytest.raises(ValueError, match=rf"one of .* for the task {task.name}.*{name}"):
+                demo.Options(tmp_path, model=name, task=task)
 
 
 def test_shipped_photos_need_nothing(tmp_path):
