@@ -89,7 +89,7 @@ def _check(query, keys, values, patch_size, softmax_scale, eps, out_scale) -> No
     if patch_size not in PATCH_SIZES:
         raise ValueError(f"patch_size must be one of {', '.join(map(str, PATCH_SIZES))}; got {patch_size!r}")
     for name, x in (("softmax_scale", softmax_scale), ("eps", eps), ("out_scale", out_scale)):
-        if not isinstance(x, (int, float)) or not math.isfinite(x):
+        if not isinstance(x, (int, float)) or not -math.inf < x < math.inf:  # isfinite breaks graphs
             raise ValueError(f"{name} must be a finite number; got {x!r}")
     if eps <= 0:
         raise ValueError(f"eps must be positive; got {eps}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from restore_kernels.functions import BackwardFunction, OperatorFunction, map_over_batch
@@ -19,12 +20,20 @@ _SETTINGS = 5  # arguments after the tensors
 
 def soft(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *settings: Any) -> Tensor:
     """The differentiable operator."""
-    return PyramidAttention.apply(query, *keys, *values, *settings)[0]
+    return _run(PyramidAttention, query, *keys, *values, *settings)
 
 
 def hard(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *settings: Any) -> Tensor:
     """Its variant that takes the best match alone, differentiable to values."""
-    return HardPyramidAttention.apply(query, *keys, *values, *settings)[0]
+    return _run(HardPyramidAttention, query, *keys, *values, *settings)
+
+
+def _run(function: type[OperatorFunction], *args: Any) -> Tensor:
+    """The first result. Without gradients not as a Function: the compiler cannot count variable arguments."""
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in args[:-_SETTINGS])
+    if wanted or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)[0]
+    return function.forward(*args)[0]
 
 
 def _halves(levels: Sequence[Any]) -> tuple[list[Any], list[Any]]:
