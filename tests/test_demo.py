@@ -111,6 +111,7 @@ def test_writes_everything(photos, tmp_path, capsys):
     for text in ("Photos the network never saw", "PSNR", "follow eager", "speed-up", repeat):
         assert text in page
     assert "mask" not in page.replace("gate by a mask", "")
+    assert "found its matches" not in page
 
 
 @pytest.mark.parametrize("name", ["drsformer", "elf"])
@@ -141,7 +142,9 @@ def test_every_task_is_demonstrated(name, level, picture, photos, tmp_path, caps
     assert f"dB {picture}" in capsys.readouterr().out
     assert read_image(out / "5.png").shape[2] == 3 * 56 + 2 * 8  # all pictures at the clean one's size
     page = (out / "report.html").read_text()
-    assert References(page).images >= 6
+    assert References(page).images == 6 + 1
+    assert "Where a pixel found its matches" in page
+    assert read_image(out / "5-matches.png").std() > 0
     words = (
         f"{picture} → restored",
         f"{task.metric}: {PRESETS[task.metric]}",

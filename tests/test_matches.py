@@ -10,7 +10,7 @@ from restore_kernels import use_backend
 from restore_kernels.nn import PyramidAttention
 from restore_kernels.pyramid_attention import reference
 from restore_nets import create_model, figures
-from restore_nets.match_figure import match_figure
+from restore_nets.match_figure import match_figure, match_picture
 from restore_nets.matches import Matches, find_matches, pyramid_attention_of, textured_pixel
 
 PIXELS = [(0, 0), (4, 6), (8, 10), (8, 0)]
@@ -152,3 +152,18 @@ def test_the_brightest_spot_is_the_best_match(panet):
 
 def test_shares():
     assert Matches((0, 0), [torch.full((2, 2), 0.125), torch.full((1, 2), 0.25)]).shares == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(("name", "scale"), [("panet", 1), ("pa_edsr", 2)])
+def test_picture_for_a_photo(name, scale):
+    options = {"panet": {"n_feats": 8}, "pa_edsr": {"n_feats": 8, "reduction": 2, "scale": 2}}[name]
+    model = create_model(name, n_resblocks=2, **options)
+    clean = photo(24 * scale, 36 * scale)
+    seen = photo(24, 36)
+    row, column = textured_pixel(clean)
+    expected = figures.png(match_figure(model, seen, (row // scale, column // scale)))
+    assert torch.equal(match_picture(model, seen, clean), expected)
+
+
+def test_no_picture_without_pyramid_attention():
+    assert match_picture(nn.Conv2d(3, 3, 1), photo(), photo()) is None

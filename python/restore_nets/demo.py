@@ -36,6 +36,7 @@ from restore_nets.demo_recipes import DEFAULT_MODELS, RECIPES, DemoRecipe
 from restore_nets.images import from_bytes, to_bytes, write_image
 from restore_nets.kernel_checks import EAGER_RUNS, Agreement, follow_losses
 from restore_nets.masks import MaskCheck, check_mask
+from restore_nets.match_figure import match_picture
 from restore_nets.metrics import Score, score
 from restore_nets.models import create_model
 from restore_nets.models.options import suggestion
@@ -139,6 +140,7 @@ class Result:
     classical: Score | None  # of the classical remedy, where the task has one
     after: Score
     mask: MaskCheck | None = None  # of networks that predict one
+    matches: Tensor | None = None  # picture of a pixel's, of networks with pyramid attention
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,7 @@ def restore_pair(model: nn.Module, pair: Pair, task: Task) -> Result:
     return Result(
         pair.name, before, restored, clean, scored(before),
         None if classical is None else scored(classical), scored(restored),
-        check_mask(model, degraded, restored, pair.truth),
+        check_mask(model, degraded, restored, pair.truth), match_picture(model, degraded, clean),
     )  # fmt: skip
 
 
@@ -300,5 +302,7 @@ def write(demo: Demo) -> None:
         write_image(out / f"{name}.png", figures.side_by_side(pictures))
         if result.mask is not None:
             write_image(out / f"{name}-mask.png", figures.side_by_side(result.mask.pictures()))
+        if result.matches is not None:
+            write_image(out / f"{name}-matches.png", result.matches)
     write_image(out / "loss.png", figures.png(figures.loss_curve(demo.losses)))
     report.write(demo, out / "report.html")

@@ -11,7 +11,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from restore_nets.matches import Matches, find_matches, textured_pixel
+from restore_nets import figures
+from restore_nets.matches import Matches, find_matches, pyramid_attention_of, textured_pixel
 
 COLUMNS = 3
 COLOURS = "inferno"
@@ -54,6 +55,24 @@ def match_figure(model: nn.Module, image: Tensor, pixel: tuple[int, int] | None 
         axes.set_axis_off()
     figure.colorbar(colours, ax=figure.axes, location="bottom", aspect=60, shrink=0.6, label="probability")
     return figure
+
+
+def match_picture(model: nn.Module, seen: Tensor, clean: Tensor) -> Tensor | None:
+    """The picture (3, H', W') of the matches of the pixel where a clean photo has the most texture.
+
+    Args:
+        model: any network.
+        seen: (3, H, W), as the network takes it.
+        clean: (3, scale * H, scale * W): neither noise nor a mosaic pass for texture there.
+
+    Returns:
+        None for networks without pyramid attention.
+    """
+    if pyramid_attention_of(model) is None:
+        return None
+    scale = clean.shape[1] // seen.shape[1]
+    row, column = textured_pixel(clean)
+    return figures.png(match_figure(model, seen, (row // scale, column // scale)))
 
 
 def _photo(axes: Axes, image: Tensor, pixel: tuple[int, int]) -> None:

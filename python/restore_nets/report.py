@@ -40,6 +40,7 @@ def write(demo: Demo, path: Path) -> None:
             _mask(result, result.mask, before) for result in demo.results if result.mask is not None
         ],
         mask_correlation=demo.mask_correlation(),
+        matches={r.name: figures.data_uri(r.matches) for r in demo.results if r.matches is not None},
         loss_curve=figures.svg(figures.loss_curve(demo.losses)),
         agreement_curve=_agreement_curve(demo.agreement),
         metric=f"{demo.metric}: {PRESETS[demo.metric]}",
