@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import restore_kernels
-from restore_kernels import backends, explain, masked_attention, native, topk_attention, use_backend
+from restore_kernels import (
+    backends,
+    explain,
+    masked_attention,
+    native,
+    pyramid_attention,
+    topk_attention,
+    use_backend,
+)
 from restore_kernels.topk_attention import api, autograd
 
 
@@ -163,6 +171,25 @@ def test_explain_of_masked_attention(without_libraries, qkv):
         RuntimeError, match="masked_attention: backend 'cpu' cannot run this call: it was not"
     ):
         masked_attention(*qkv, mask, backend="cpu")
+
+
+def test_explain_of_pyramid_attention(without_libraries, qkv):
+    query, key, value = qkv
+    levels = ([key, key[..., :3, :]], [value, value[..., :3, :]])
+    explanation = explain(pyramid_attention, query, *levels, hard=True, backend="cpu")
+    assert (explanation.operator, explanation.requested, explanation.chosen) == (
+        "pyramid_attention",
+        "cpu",
+        None,
+    )
+    assert explanation.why_not["cpu"] == "it was not built"
+    assert explain(pyramid_attention, query, *levels).chosen == "eager"
+    with pytest.raises(
+        RuntimeError, match="pyramid_attention: backend 'cpu' cannot run this call: it was not"
+    ):
+        pyramid_attention(query, *levels, backend="cpu")
+    meta = [[x.to("meta") for x in level] for level in ([query], *levels)]
+    assert "meta" in (explain(pyramid_attention, meta[0][0], *meta[1:]).why_not["cpu"] or "")
 
 
 def test_explain_checks_the_call_and_the_operator(qkv):

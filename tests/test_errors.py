@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from restore_kernels import explain, masked_attention, topk_attention
+from restore_kernels import explain, masked_attention, pyramid_attention, topk_attention
 from restore_kernels.nn import DynamicDualAttention, MultiInputAttention, TopKSparseAttention
 
 
@@ -98,6 +98,52 @@ MASK_ERRORS = [
 ]
 
 
+PYRAMID: dict[str, Any] = {
+    "query": ones(2, 3, 4, 5), "keys": [ones(2, 3, 4, 5), ones(2, 3, 2, 6)],
+    "values": [ones(2, 7, 4, 5), ones(2, 7, 2, 6)],
+}  # fmt: skip
+KEY, VALUE = PYRAMID["keys"][0], PYRAMID["values"][0]
+NAN, INFINITY = float("nan"), float("inf")
+PYRAMID_VALUE_ERRORS = [
+    ({"query": ones(3, 4, 5)}, r"query must have shape \(B, Cq, H, W\); got \(3, 4, 5\)"),
+    ({"query": ones(2, 3, 0, 5)}, r"query must have no empty dimension.*\(2, 3, 0, 5\)"),
+    ({"query": ones(2, 4, 4, 5)}, r"keys\[0\] must have shape \(2, 4, 4, 5\) to fit query \(2, 4,"),
+    ({"keys": [], "values": []}, "keys must have at least one level; got none"),
+    ({"values": [VALUE]}, "values must have one level per level of keys, 2; got 1"),
+    ({"keys": [KEY, ones(1, 3, 2, 6)]}, r"keys\[1\] must have shape \(2, 3, 2, 6\).*got \(1, 3, 2,"),
+    ({"keys": [KEY, ones(2, 3, 2, 0)]}, r"keys\[1\] must have no empty dimension.*\(2, 3, 2, 0\)"),
+    ({"keys": [KEY, ones(3, 12)]}, r"keys\[1\] must have shape \(B, Cq, h, w\); got \(3, 12\)"),
+    ({"keys": [KEY, KEY]}, r"values\[1\] must have shape \(2, 7, 4, 5\) to fit keys\[1\] \(2, 3, 4,"),
+    ({"values": [VALUE, ones(2, 8, 2, 6)]}, r"values\[1\] must have shape \(2, 7, 2, 6\).*got \(2, 8"),
+    ({"values": [ones(2, 7, 5, 4), VALUE]}, r"values\[0\] must have shape \(2, 7, 4, 5\).*got \(2, 7,"),
+    ({"values": [ones(7, 20), VALUE]}, r"values\[0\] must have shape \(B, Cv, h, w\); got \(7, 20\)"),
+    ({"keys": [KEY, KEY.to("meta")]}, r"keys\[1\] must be on query's device cpu; got meta"),
+    ({"patch_size": 2}, "patch_size must be one of 1, 3, 5, 7; got 2"),
+    ({"patch_size": 9}, "patch_size must be one of 1, 3, 5, 7; got 9"),
+    ({"patch_size": "3"}, "patch_size must be one of 1, 3, 5, 7; got '3'"),
+    ({"patch_size": 3.0}, "patch_size must be one of 1, 3, 5, 7; got 3.0"),
+    ({"softmax_scale": NAN}, "softmax_scale must be a finite number; got nan"),
+    ({"softmax_scale": ones(1)}, "softmax_scale must be a finite number; got tensor"),
+    ({"out_scale": INFINITY}, "out_scale must be a finite number; got inf"),
+    ({"out_scale": None}, "out_scale must be a finite number; got None"),
+    ({"eps": -INFINITY}, "eps must be a finite number; got -inf"),
+    ({"eps": 0}, "eps must be positive; got 0"),
+    ({"eps": -1e-4}, "eps must be positive; got -0.0001"),
+    ({"backend": "gpu"}, "backend must be one of auto, eager, cpu, triton, cuda; got 'gpu'"),
+]
+PYRAMID_TYPE_ERRORS = [
+    ({"query": np.ones((2, 3, 4, 5))}, "query must be a tensor; got ndarray"),
+    ({"query": ones(2, 3, 4, 5, dtype=torch.int64)}, "query must be float32, .*; got int64"),
+    ({"keys": KEY}, "keys must be a list of tensors, one per level; got Tensor"),
+    ({"values": None}, "values must be a list of tensors, one per level; got NoneType"),
+    ({"keys": [KEY, None]}, r"keys\[1\] must be a tensor; got NoneType"),
+    ({"keys": [KEY, ones(2, 3, 2, 6).double()]}, r"keys\[1\] must have query's dtype float32; got"),
+    ({"values": [VALUE, ones(2, 7, 2, 6).half()]}, r"values\[1\] must have keys\[1\]'s dtype float32; got"),
+    ({"values": [VALUE.bool(), VALUE]}, r"values\[0\] must be float32, .*; got bool"),
+    ({"values": [VALUE, 2.0]}, r"values\[1\] must be a tensor; got float"),
+]
+
+
 def ids(rows: list[tuple]) -> list[str]:
     return [message[:40] for *_, message in rows]
 
@@ -109,6 +155,11 @@ def assert_refused(operator, good: dict[str, Any], bad: dict[str, Any], error, m
     assert "\n" not in str(raised.value)
 
 
+PYRAMID_ERRORS = [
+    (error, *row)
+    for error, rows in ((ValueError, PYRAMID_VALUE_ERRORS), (TypeError, PYRAMID_TYPE_ERRORS))
+    for row in rows
+]
 TOPK_ERRORS = [(ValueError, *row) for row in VALUE_ERRORS] + [(TypeError, *row) for row in TYPE_ERRORS]
 
 
@@ -128,6 +179,14 @@ def test_mask(error, good, mask, message):
     assert_refused(masked_attention, good, {"mask": mask}, error, message)
     with pytest.raises(error, match=message):
         explain(masked_attention, **{**good, "mask": mask})
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+@pytest.mark.parametrize(("error", "bad", "message"), PYRAMID_ERRORS, ids=ids(PYRAMID_ERRORS))
+def test_pyramid_attention(error, bad, message, hard):
+    assert_refused(pyramid_attention, {**PYRAMID, "hard": hard}, bad, error, message)
+    with pytest.raises(error, match=message):
+        explain(pyramid_attention, **{**PYRAMID, **bad})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="mixing devices takes a GPU")

@@ -35,7 +35,7 @@ def test_every_operator_has_its_arrows():
     contracts = linter.read_configuration(str(ROOT / "pyproject.toml"))["contracts_options"]
     layered = {layer for contract in contracts for layer in contract.get("layers", ())}
     operators = [path.parent.name for path in (ROOT / "restore_kernels").glob("*/ops.py")]
-    assert {"topk_attention", "masked_attention"} <= set(operators)
+    assert {"topk_attention", "masked_attention", "pyramid_attention"} <= set(operators)
     for operator in operators:
         for module in ("api", "autograd", "ops", "reference"):
             assert f"restore_kernels.{operator}.{module}" in layered
@@ -78,6 +78,7 @@ q = torch.randn(1, 2, 4, 8, requires_grad=True)
 restore_kernels.topk_attention(q, q, q, [2, None]).sum().backward()
 assert q.grad is not None
 restore_kernels.masked_attention(q, q, q, torch.rand(8)).sum().backward()
+restore_kernels.pyramid_attention(q, [q], [q]).sum().backward()
 restore_kernels.nn.TopKSparseAttention(8, 2)(torch.randn(1, 8, 5, 7)).sum().backward()
 print(restore_kernels.explain(restore_kernels.topk_attention, q, q, q, [2]))
 try:

@@ -86,7 +86,7 @@ def _check(query, keys, values, patch_size, softmax_scale, eps, out_scale) -> No
         checks.floating_tensor(f"values[{i}]", value, ("B", "Cv", "h", "w"))
         of_values = values[0].shape[1]
         checks.like(f"values[{i}]", value, key, (batch, of_values, *key.shape[2:]), f"keys[{i}]")
-    if patch_size not in PATCH_SIZES:
+    if not isinstance(patch_size, int) or patch_size not in PATCH_SIZES:
         raise ValueError(f"patch_size must be one of {', '.join(map(str, PATCH_SIZES))}; got {patch_size!r}")
     for name, x in (("softmax_scale", softmax_scale), ("eps", eps), ("out_scale", out_scale)):
         if not isinstance(x, (int, float)) or not -math.inf < x < math.inf:  # isfinite breaks graphs
