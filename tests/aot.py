@@ -124,6 +124,20 @@ def _masked_token(dtype: torch.dtype, queries: int, keys: int, depth: int, batch
     launchers.masked_attention_token_backward(out, *call, *saved, True)
 
 
+def _pyramid(dtype: torch.dtype, patch_size: int, depth: int, width: int, hard: bool = False) -> None:
+    from restore_kernels.pyramid_attention import triton_launch as launchers
+
+    query, *keys = (_empty((2, depth, size, size), dtype) for size in (64, 64, 58))
+    values = [_empty((2, width, *key.shape[2:]), dtype) for key in keys]
+    call = (query, keys, values)
+    if hard:
+        out, index = launchers.pyramid_attention_hard(*call, patch_size, 10.0, 1e-4, 0.25)
+        launchers.pyramid_attention_hard_backward(out, values, index, patch_size, 0.25)
+        return
+    out, log_sum_exp = launchers.pyramid_attention(*call, patch_size, 10.0, 1e-4, 0.25)
+    launchers.pyramid_attention_backward(out, *call, log_sum_exp, patch_size, 10.0, 1e-4, 0.25)
+
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "channel heads=1": lambda dtype: _topk_channel(dtype),
     "channel heads=1 out_proj": lambda dtype: _topk_channel(dtype, projected=True),
@@ -136,6 +150,11 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "masked token 16x65536 D=48": lambda dtype: _masked_token(dtype, 16, 65536, 48),
     "masked token 65536x16 D=48": lambda dtype: _masked_token(dtype, 65536, 16, 48),
     "masked token window 64x64 D=32": lambda dtype: _masked_token(dtype, 64, 64, 32, batch=64),
+    "pyramid 3x3 Cq=32 Cv=64": lambda dtype: _pyramid(dtype, 3, 32, 64),
+    "pyramid 3x3 Cq=32 Cv=64 hard": lambda dtype: _pyramid(dtype, 3, 32, 64, hard=True),
+    "pyramid 3x3 Cq=32 Cv=256": lambda dtype: _pyramid(dtype, 3, 32, 256),
+    "pyramid 7x7 Cq=32 Cv=64": lambda dtype: _pyramid(dtype, 7, 32, 64),
+    "pyramid 1x1 Cq=5 Cv=3": lambda dtype: _pyramid(dtype, 1, 5, 3),
 }
 
 
@@ -173,8 +192,10 @@ def specialisation(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict
             return tuple(specialise(x, (*path, i)) for i, x in enumerate(value))
         if isinstance(value, Tensor):
             attributes[path] = [["tt.divisibility", 16]]
-            names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
+            names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int64": "i64"}
             return "*" + names[str(value.dtype).removeprefix("torch.")]
+        if isinstance(value, float):
+            return "fp32"
         if value is None or value == 1:
             constants[path] = value
             return "constexpr"
