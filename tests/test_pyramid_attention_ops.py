@@ -38,7 +38,7 @@ CASES = [
         Case((1, 9, 8, 11, 13), pyramid(11, 13), softmax_scale=200.0),
     )
     for dtype in ALL_DTYPES
-]  # fmt: skip
+] + [Case((1, 4, 3, 4, 5), ((4, 5), (2, 3)))]  # fmt: skip
 
 
 def in_dtype(dtype: torch.dtype, args: tuple) -> tuple:
