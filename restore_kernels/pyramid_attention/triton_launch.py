@@ -8,7 +8,7 @@ the patches that a kernel sums (patch_size² times the channels, in float32) of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,24 +60,28 @@ _TILES = {
     (True, True): {
         "statistics": Tile(128, 64, 8, (288, 0), 64),
         "mixture": Tile(128, 64, 8, (288, 0), 64, (256, 32)),
+        "selection": Tile(64, 32, 8, (0, 0), 64, (256, 32)),
         "row_sums": Tile(128, 64, 8, (288, 0), 64),
         "gradient": Tile(128, 32, 8, (288, 0), 64, (256, 32)),
     },
     (True, False): {
         "statistics": Tile(64, 64, 4, (288, 0), 64),
         "mixture": Tile(64, 32, 8, (288, 0), 64, (128, 64)),
+        "selection": Tile(64, 32, 8, (0, 0), 64, (128, 64)),
         "row_sums": Tile(64, 32, 8, (0, 0), 64),
         "gradient": Tile(64, 32, 8, (0, 0), 64, (128, 16)),
     },
     (False, True): {
         "statistics": Tile(64, 64, 8, (0, 0), 32),
         "mixture": Tile(64, 32, 8, (0, 0), 32, (128, 16)),
+        "selection": Tile(64, 32, 8, (0, 0), 32, (128, 16)),
         "row_sums": Tile(64, 32, 8, (0, 0), 32),
         "gradient": Tile(64, 32, 8, (0, 0), 32, (128, 16)),
     },
     (False, False): {
         "statistics": Tile(64, 32, 8, (0, 0), 32),
         "mixture": Tile(32, 32, 4, (0, 0), 32, (64, 0)),
+        "selection": Tile(32, 32, 4, (0, 0), 32, (64, 0)),
         "row_sums": Tile(32, 32, 4, (0, 0), 32),
         "gradient": Tile(32, 32, 4, (0, 0), 32, (64, 0)),
     },
@@ -140,7 +144,9 @@ class Call:
         self.dtype = operand(x.dtype, length)
         self.precision = precision(x.dtype, length)
         self.gradient_dtype, self.gradient_precision = computed_operand(x.dtype, length)
-        self.tiles = _TILES[self.dtype != torch.float32, takes_64_rows(x)]
+        self.tiles = dict(_TILES[self.dtype != torch.float32, takes_64_rows(x)])
+        if self.gradient_dtype != self.dtype:  # whose operands take the registers that owned patches would
+            self.tiles["gradient"] = replace(self.tiles["gradient"], kept=(0, 0))
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty((self.batch, *shape), dtype=dtype, device=self.device)
@@ -266,7 +272,8 @@ def _mixture(
 ) -> Tensor:  # fmt: skip
     """The output; the selector (B, H * W) is log_sum_exp or, if integer, the index of the only key."""
     out = empty_image(query, channels, query.shape[2:])
-    tile, width = call.tiles["mixture"], levels[0].values.channels
+    hard = not selector.is_floating_point()
+    tile, width = call.tiles["selection" if hard else "mixture"], levels[0].values.channels
     parts, constants = call.sums(tile, width)
     total = call.empty(q.pixels if len(levels) > 1 else 0, width)
     for i, level in enumerate(levels):
@@ -277,7 +284,7 @@ def _mixture(
             q.data, level.keys.data, level.values.data, level.scales, selector, sums,
             q.stride, level.keys.stride, level.values.stride, q.width, q.pixels, level.keys.width,
             level.pixels, level.first_key, splits, tiles_per_split, parts,
-            HARD=not selector.is_floating_point(), WIDTH=width, **constants,
+            HARD=hard, WIDTH=width, **constants,
             **call.products(tile, q.channels),
         )  # fmt: skip
         call.fold(sums, out, out_scale, total=total, first=i == 0, last=i == len(levels) - 1)
@@ -397,7 +404,7 @@ def _grad_value(
     """Of a level; the selector is log_sum_exp of the scores of query and level, else every query's index."""
     out = empty_image(value, value.shape[1], value.shape[2:])
     height, width = value.shape[2:]
-    tile = call.tiles["mixture"]
+    tile = call.tiles["selection" if scored is None else "mixture"]
     parts, constants = call.sums(tile, grad.channels)
     programs, splits, tiles_per_split = call.grid(tile, height * width, grad.pixels, parts)
     sums = call.empty(splits, height * width, call.patch_size**2 * grad.channels)

@@ -212,7 +212,7 @@ def pyramid_grad_value_kernel(
         query_corners = patch_corners(query, width, PATCH)
         selector = tl.load(selector_ptr + query)[None, :]
         if HARD:
-            weights = tl.where(selector - first_key == offs_n[:, None], 1.0, 0.0)
+            weights = tl.where((selector - first_key).to(tl.int32) == offs_n[:, None], 1.0, 0.0)
         else:
             products = patch_products(
                 k, q_ptr, query_corners, width, BLOCK_N, DEPTH, PATCH, LARGE_D, SMALL_D, PRECISION

@@ -252,6 +252,8 @@ def pyramid_mixture_kernel(
     v_ptr += batch * v_stride
     scales_ptr += batch * keys
     selector = tl.load(selector_ptr + batch * queries + tl.minimum(offs_n, queries - 1))
+    if HARD:
+        selector = (selector - first_key).to(tl.int32)
     sums_ptr += (batch * splits + split) * queries * LENGTH
     large = tl.zeros([BLOCK_N, LARGE], dtype=tl.float32)
     if SMALL > 0:
@@ -262,7 +264,7 @@ def pyramid_mixture_kernel(
         key = tl.minimum(offs_m, keys - 1)
         key_corners = patch_corners(key, key_width, PATCH)
         if HARD:
-            is_selected = (selector[:, None] - first_key == offs_m[None, :]) & (offs_m < keys)[None, :]
+            is_selected = (selector[:, None] == offs_m[None, :]) & (offs_m < keys)[None, :]
             weights = tl.where(is_selected, 1.0, 0.0)
             is_used = tl.max(tl.max(weights, axis=1), axis=0) > 0
         else:
