@@ -45,32 +45,26 @@ inline bool any(Vec<T> a, Vec<T> b) {
 }
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-// The library's exponentials are calls, which spill the registers around them.
-inline Vec<float> exp_polynomial(Vec<float> r) {  // relative error 3e-9 for |r| <= log(2) / 2
+// The library's exponentials are calls, which spill the registers around them. Relative error 1e-7: x = n
+// log(2) + r, a polynomial in r, and n added to its exponent. Adding kRound rounds x / log(2) to n and
+// leaves n in the lowest bits of the sum.
+template <>
+inline Vec<float> weight(Vec<float> x) {
+  constexpr float kLog2E = 1.442695041f, kLn2 = 0.693147181f, kRound = 1.5f * (1 << 23);
+  const Vec<float> sum = at::vec::fmadd(x, Vec<float>(kLog2E), Vec<float>(kRound));
+  const Vec<float> r = at::vec::fmadd(sum - Vec<float>(kRound), Vec<float>(-kLn2), x);
   Vec<float> p(1.3814539757e-3f);
   for (const float c : {8.3687451418e-3f, 4.1668390792e-2f, 1.66665203987e-1f, 4.9999993432e-1f, 1.f, 1.f})
     p = at::vec::fmadd(p, r, Vec<float>(c));
-  return p;
-}
-constexpr float kLog2E = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
-#endif
-
 #if defined(CPU_CAPABILITY_AVX512)
-template <>
-inline Vec<float> weight(Vec<float> x) {
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(kLog2E)), _MM_FROUND_TO_NEAREST_INT);
-  const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLn2Low), _mm512_fnmadd_ps(n, _mm512_set1_ps(kLn2High), x));
+  const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(sum), 23);
   const __mmask16 matters = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kNegligible<float>), _CMP_GE_OQ);
-  return _mm512_maskz_scalef_ps(matters, exp_polynomial(r), n);
-}
-#elif defined(CPU_CAPABILITY_AVX2)
-template <>
-inline Vec<float> weight(Vec<float> x) {
-  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(kLog2E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2Low), _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2High), x));
-  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm512_castsi512_ps(_mm512_maskz_add_epi32(matters, _mm512_castps_si512(p), exponent));
+#else
+  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(sum), 23);
   const __m256 matters = _mm256_cmp_ps(x, _mm256_set1_ps(kNegligible<float>), _CMP_GE_OQ);
-  return _mm256_and_ps(matters, _mm256_mul_ps(exp_polynomial(r), _mm256_castsi256_ps(power)));
+  return _mm256_and_ps(matters, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent)));
+#endif
 }
 #endif
 
@@ -111,11 +105,10 @@ struct Taps {
   template <int kRadius>
   Vec<T> sum(int64_t at) const {
     const int64_t count = 2 * (kRadius ? kRadius : any_radius);
-    const Vec<T> newest = along_x<kRadius>(at);
-    if (count == 0) return newest;
+    if (count == 0) return along_x<kRadius>(at);
     Vec<T> total = Vec<T>::loadu(older[0] + at);
     for (int64_t i = 1; i < count; ++i) total = total + Vec<T>::loadu(older[i] + at);
-    return total + newest;
+    return total + along_x<kRadius>(at);
   }
 };
 
@@ -125,7 +118,7 @@ class DiagonalBox {
  public:
   DiagonalBox(int64_t radius, int64_t most_rows, int64_t lanes)
       : radius_(radius), row_(lanes + kMargin<T>), most_rows_(most_rows),
-        input_((most_rows + 2 * radius) * row_ + kMargin<T>), ring_(taps() * most_rows * row_ + kMargin<T>),
+        ring_tile_(most_rows * row_ + kApart - most_rows * row_ % kPage), input_((most_rows + 2 * radius) * row_ + kMargin<T>), ring_(taps() * ring_tile_),
         zeros_((most_rows + 2 * radius) * row_ + kMargin<T>) {
     std::fill_n(zeros_.get(), (most_rows + 2 * radius) * row_ + kMargin<T>, T(0));
   }
@@ -146,13 +139,18 @@ class DiagonalBox {
   // Where the next tile of the chain goes; its margins are zero and stay so.
   T* input() { return inside(input_.get()); }
 
-  // The next tile is input(), of which only these rows are not zero, or, if they are none, zero.
-  void advance(Rows matter) {
+  // The next tile is input(), or zero where the chain has none.
+  void advance(bool is_input) {
     for (int64_t i = 0; i + 1 < taps(); ++i) kept_[i] = kept_[i + 1], matters_[i] = matters_[i + 1];
+    is_zero_ = !is_input;
+    kept_[taps() - 1] = is_zero_ ? zeros() : ring_.get() + step_++ % taps() * ring_tile_;
+    matters_[taps() - 1] = {0, is_zero_ ? 0 : rows_};
+  }
+
+  // Only these rows of the last tile were not zero.
+  void settle(Rows matter) {
     matters_[taps() - 1] = matter;
-    is_zero_ = matter.empty();
-    if (is_zero_) kept_[taps() - 1] = zeros();
-    else kept_[taps() - 1] = ring_.get() + step_++ % taps() * most_rows_ * row_;
+    if (matter.empty()) kept_[taps() - 1] = zeros();
   }
 
   // The rows of the sums that are not zero.
@@ -172,24 +170,29 @@ class DiagonalBox {
   T* inside(T* framed) const { return framed + kMargin<T> + radius_ * row_; }
   T* zeros() { return inside(zeros_.get()); }
 
-  int64_t radius_, row_, most_rows_, rows_ = 0, step_ = 0;
+  // Tiles of the ring lie this far apart within a page: a load waits for earlier stores to the same place in
+  // any page.
+  static constexpr int64_t kPage = 4096 / sizeof(T), kApart = kPage + kPage / 3 / kMargin<T> * kMargin<T>;
+
+  int64_t radius_, row_, most_rows_, ring_tile_, rows_ = 0, step_ = 0;
   Scratch<T> input_, ring_, zeros_;
   std::array<T*, 2 * kLargestRadius + 1> kept_{};  // oldest first
   std::array<Rows, 2 * kLargestRadius + 1> matters_{};
   bool is_zero_ = true;
 };
 
-// Calls consume(lane state, row, sums of the boxes) for every vector of a tile, down its columns, with
-// the state that consume.begin(lane) makes and consume.end(state, lane) takes.
+// Calls consume(lane state, row, at, sums of the boxes) for every vector of these rows of a tile, down its
+// columns, with the state that consume.begin(lane) makes and consume.end(state, lane) takes; `at` is where
+// the vector lies in a tile. The input must be there `radius` rows further.
 template <int kRadius, typename T, size_t kBoxes, typename Consume>
-void filter(const std::array<DiagonalBox<T>*, kBoxes>& boxes, int64_t rows, int64_t lanes, Consume& consume) {
+void filter(const std::array<DiagonalBox<T>*, kBoxes>& boxes, Rows rows, int64_t lanes, Consume& consume) {
   // Copies, which the compiler knows no store to change.
   std::array<Taps<T>, kBoxes> taps;
   for (size_t b = 0; b < kBoxes; ++b) taps[b] = boxes[b]->last_taps();
   const int64_t row = boxes[0]->row();
   for (int64_t lane = 0; lane < lanes; lane += Vec<T>::size()) {
     auto state = consume.begin(lane);
-    for (int64_t i = 0, at = lane; i < rows; ++i, at += row) {
+    for (int64_t i = rows.begin, at = rows.begin * row + lane; i < rows.end; ++i, at += row) {
       std::array<Vec<T>, kBoxes> sums;
       for (size_t b = 0; b < kBoxes; ++b) sums[b] = taps[b].template sum<kRadius>(at);
       consume(state, i, at, sums);
@@ -198,13 +201,13 @@ void filter(const std::array<DiagonalBox<T>*, kBoxes>& boxes, int64_t rows, int6
   }
 }
 
-// Filters the last tile along x only: the sums are not wanted yet.
+// Filters these rows of the last tile along x only: the sums are not wanted yet.
 template <int kRadius, typename T, size_t kBoxes>
-void keep(const std::array<DiagonalBox<T>*, kBoxes>& boxes, int64_t rows, int64_t lanes) {
+void keep(const std::array<DiagonalBox<T>*, kBoxes>& boxes, Rows rows, int64_t lanes) {
   for (auto* box : boxes) {
     const Taps<T> taps = box->last_taps();
-    for (int64_t lane = 0; lane < lanes; lane += Vec<T>::size())
-      for (int64_t i = 0, at = lane; i < rows; ++i, at += box->row()) taps.template along_x<kRadius>(at);
+    for (int64_t i = rows.begin; i < rows.end; ++i)
+      for (int64_t lane = 0; lane < lanes; lane += Vec<T>::size()) taps.template along_x<kRadius>(i * box->row() + lane);
   }
 }
 

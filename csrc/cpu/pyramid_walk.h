@@ -69,8 +69,8 @@ template <typename T>
 struct Matter {
   Rows rows;
 
-  void see(Vec<T> weights, int64_t row) {
-    if (!any<Is::kAbove>(weights, Vec<T>(T(0)))) return;
+  void see(Vec<T> logarithms, int64_t row) {
+    if (!any<Is::kAtLeast>(logarithms, Vec<T>(kNegligible<T>))) return;
     if (rows.empty()) rows.begin = row;
     rows.end = row + 1;
   }
@@ -90,9 +90,9 @@ struct Weights {
   State begin(int64_t lane) const { return {Vec<T>::loadu(log_sum_exp + lane)}; }
 
   void operator()(State& state, int64_t row, int64_t at, const std::array<Vec<T>, 1>& sums) const {
-    const Vec<T> p = weight(sums[0] * Vec<T>(factors[row]) - state.log_sum_exp);
-    p.store(weights + at);
-    state.matter.see(p, row);
+    const Vec<T> logarithm = sums[0] * Vec<T>(factors[row]) - state.log_sum_exp;
+    weight(logarithm).store(weights + at);
+    state.matter.see(logarithm, row);
   }
 
   void end(const State& state, int64_t) { matter.add(state.matter.rows); }
@@ -143,7 +143,7 @@ struct Slopes {
     (slope * factor).store(slopes + at);
     T* product = products + row * Vec<T>::size();
     at::vec::fmadd(slope * state.own, score, Vec<T>::loadu(product)).store(product);
-    state.matter.see(p, row);
+    state.matter.see(score - state.log_sum_exp, row);
   }
 
   void end(const State& state, int64_t) { matter.add(state.matter.rows); }
@@ -172,13 +172,13 @@ class Walk {
 
   void statistics(const Chain& chain, T* largest, T* sum) {
     enter(chain);
-    along<1>({&scores_}, [&](int64_t i) { multiply_scores(i); },
+    along<1>({&scores_}, [&](int64_t i, Rows rows) { multiply_scores(i, rows); },
              [&](int64_t i) { return Statistics<T>{lanes(largest, i), lanes(sum, i), factors(i)}; });
   }
 
   void best(const Chain& chain, T* largest, int64_t* position) {
     enter(chain);
-    along<1>({&scores_}, [&](int64_t i) { multiply_scores(i); }, [&](int64_t i) {
+    along<1>({&scores_}, [&](int64_t i, Rows rows) { multiply_scores(i, rows); }, [&](int64_t i) {
       const int64_t first = level_->first + chain_->key_row(i) * width();
       return Best<T>{lanes(largest, i), lanes(position, i), factors(i), first};
     });
@@ -187,18 +187,21 @@ class Walk {
   // out (H x Cv x lanes) += box(P) v
   void output(const Chain& chain, const T* log_sum_exp, T* out) {
     enter(chain);
-    along<1, 1>({&scores_}, [&](int64_t i) { multiply_scores(i); },
+    along<1, 1>({&scores_}, [&](int64_t i, Rows rows) { multiply_scores(i, rows); },
                 [&](int64_t i) { return Weights<T>{lanes(log_sum_exp, i), factors(i), weights_.input()}; },
                 {&weights_}, {mixed_weights_.get()}, [&](int64_t i, Rows rows) {
+                  const int64_t calls = idle_calls<T>(p_.channels, lanes(), rows.end - rows.begin);
                   multiply_add<T>(values(i).from(rows.begin, 0).transposed(), mixed(mixed_weights_, rows),
-                                  query_row(out, p_.channels, i), p_.channels, lanes(), rows.end - rows.begin);
+                                  query_row(out, p_.channels, i), p_.channels, lanes(), rows.end - rows.begin,
+                                  {next(values(i + 1), width(), p_.channels, calls, i),
+                                   next(query_row<const T>(out, p_.channels, i + 1), p_.channels, lanes(), calls, i)});
                 });
   }
 
   // delta (H x lanes) += Σ_l P box(do vᵀ)
   void delta(const Chain& chain, const T* log_sum_exp, T* delta) {
     enter(chain);
-    along<2>({&scores_, &slopes_of_weights_}, [&](int64_t i) { multiply_both(i); },
+    along<2>({&scores_, &slopes_of_weights_}, [&](int64_t i, Rows rows) { multiply_both(i, rows); },
              [&](int64_t i) { return Delta<T>{lanes(log_sum_exp, i), factors(i), lanes(delta, i)}; });
   }
 
@@ -213,7 +216,7 @@ class Walk {
     enter(chain);
     const int64_t first = band_->begin - band_->left, columns = band_->end - band_->begin;
     along<2, 2>(
-        {&scores_, &slopes_of_weights_}, [&](int64_t i) { multiply_both(i); },
+        {&scores_, &slopes_of_weights_}, [&](int64_t i, Rows rows) { multiply_both(i, rows); },
         [&](int64_t i) {
           std::fill_n(products_.get(), width() * Vec<T>::size(), T(0));
           return Slopes<T>{lanes(log_sum_exp, i), lanes(delta, i), own, factors(i), out_scale, weights_.input(),
@@ -238,6 +241,8 @@ class Walk {
   }
 
  private:
+  static constexpr int64_t kChunk = 32;  // rows, a multiple of the products' block of rows
+
   DiagonalBox<T> box() const { return {p_.radius, p_.most_rows(), p_.most_lanes()}; }
 
   void enter(const Chain& chain) {
@@ -247,9 +252,10 @@ class Walk {
     for (DiagonalBox<T>* b : {&scores_, &slopes_of_weights_, &weights_, &slopes_}) b->resize(width());
   }
 
-  // Along the chain: produce(i) fills the inputs of step i, the sums around every step i go to the consumer
-  // consume(i), which fills the inputs of the second filters, if there are any; their sums go to
-  // `targets`, of which emit(i, rows) uses the rows that are not zero. consumed(i) follows each consumer.
+  // Along the chain: produce(i, rows) fills rows of the inputs of step i, the sums around every step i go to
+  // the consumer consume(i), which fills the inputs of the second filters, if there are any; their sums go
+  // to `targets`, of which emit(i, rows) uses the rows that are not zero. consumed(i) follows each consumer.
+  // A tile goes through all of this in chunks of rows, which stay in L1; filters run behind their inputs.
   template <size_t kFirst, size_t kSecond = 0, typename Produce, typename Consume, typename Emit, typename Consumed>
   void along(const std::array<DiagonalBox<T>*, kFirst>& first, Produce produce, Consume consume,
              const std::array<DiagonalBox<T>*, kSecond>& second, const std::array<T*, kSecond>& targets, Emit emit,
@@ -258,30 +264,32 @@ class Walk {
     for (auto* b : first) b->start_chain();
     for (auto* b : second) b->start_chain();
     for (int64_t step = 0; step < length + radius * (kSecond ? 2 : 1); ++step) {
-      Rows matter;
-      if (step < length + radius) {
-        if (step < length) produce(step);
-        for (auto* b : first) b->advance({0, step < length ? width() : 0});
-        const int64_t centre = step - radius;
-        if (centre < 0) keep<kRadius, T, kFirst>(first, width(), lanes());
-        else {
-          auto consumer = consume(centre);
-          filter<kRadius, T, kFirst>(first, width(), lanes(), consumer);
-          consumed(centre);
-          if constexpr (kSecond > 0) matter = consumer.matter;
+      const int64_t centre = step - radius, second_centre = centre - radius;
+      const bool is_centre = centre >= 0 && centre < length;
+      for (auto* b : first) b->advance(step < length);
+      for (auto* b : second)
+        if (centre >= 0) b->advance(is_centre);
+      auto consumer = consume(is_centre ? centre : 0);
+      Store<T, kSecond> store{targets};
+      Rows made, filtered, mixed;  // the chunk's
+      while (made.end < width()) {
+        made = {made.end, std::min(made.end + kChunk, width())};
+        if (step < length) produce(step, made);
+        filtered = {filtered.end, made.end == width() ? width() : made.end - radius};
+        if (is_centre) filter<kRadius, T, kFirst>(first, filtered, lanes(), consumer);
+        else if (centre < 0) keep<kRadius, T, kFirst>(first, filtered, lanes());
+        if constexpr (kSecond > 0) {
+          mixed = {mixed.end, made.end == width() ? width() : filtered.end - radius};
+          if (second_centre >= 0) filter<kRadius, T, kSecond>(second, mixed, lanes(), store);
+          else if (centre >= 0) keep<kRadius, T, kSecond>(second, mixed, lanes());
         }
       }
+      if (is_centre) consumed(centre);
       if constexpr (kSecond > 0) {
-        if (step < radius) continue;
-        for (auto* b : second) b->advance(matter);
-        const int64_t centre = step - 2 * radius;
+        if (is_centre)
+          for (auto* b : second) b->settle(consumer.matter);
         const Rows rows = second[0]->sums();
-        if (centre < 0) keep<kRadius, T, kSecond>(second, width(), lanes());
-        else if (!rows.empty()) {
-          Store<T, kSecond> store{targets};
-          filter<kRadius, T, kSecond>(second, width(), lanes(), store);
-          emit(centre, rows);
-        }
+        if (second_centre >= 0 && !rows.empty()) emit(second_centre, rows);
       }
     }
   }
@@ -297,15 +305,24 @@ class Walk {
     along<kFirst, 0>(first, produce, consume, {}, {}, [](int64_t, Rows) {});
   }
 
-  void multiply_scores(int64_t i) {
-    multiply<T>(keys(i), query_row(p_.queries[chain_->band].get(), p_.depth, i), {scores_.input(), row_}, width(), lanes(),
-                p_.depth);
+  void multiply_scores(int64_t i, Rows rows) {
+    multiply_rows(keys(i), p_.queries[chain_->band].get(), p_.depth, scores_, i, rows);
   }
 
-  void multiply_both(int64_t i) {
-    multiply_scores(i);
-    multiply<T>(values(i), query_row(p_.gradients[chain_->band].get(), p_.channels, i),
-                {slopes_of_weights_.input(), row_}, width(), lanes(), p_.channels);
+  void multiply_both(int64_t i, Rows rows) {
+    multiply_scores(i, rows);
+    multiply_rows(values(i), p_.gradients[chain_->band].get(), p_.channels, slopes_of_weights_, i, rows);
+  }
+
+  // Rows of the tile of products of keys or values and the query image's features.
+  void multiply_rows(Matrix<const T> pixels, const T* features, int64_t channels, DiagonalBox<T>& box, int64_t i, Rows rows) {
+    multiply<T>(pixels.from(rows.begin, 0), query_row(features, channels, i), {box.input() + rows.begin * row_, row_},
+                rows.end - rows.begin, lanes(), channels);
+  }
+
+  // Asks for what step i + 1 reads, where there is one.
+  Prefetch next(Matrix<const T> tile, int64_t rows, int64_t columns, int64_t calls, int64_t i) const {
+    return i + 1 < chain_->length ? Prefetch(tile, rows, columns, calls) : Prefetch();
   }
 
   int64_t width() const { return level_->width; }  // rows of a tile

@@ -111,7 +111,7 @@ void rest(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64
 template <typename T>
 int64_t idle_calls(int64_t rows, int64_t columns, int64_t depth) {
   constexpr int64_t panel = gemm::kVectors * at::vec::Vectorized<T>::size();
-  return std::max<int64_t>(1, rows / gemm::kRows * (columns / panel) * (depth / gemm::kStretch));
+  return std::max<int64_t>(1, rows / gemm::kRows * (columns / panel) * ((depth + gemm::kStretch - 1) / gemm::kStretch));
 }
 
 // c = a b + addend, with a (rows x depth), b (depth x columns), c and addend (rows x columns), and
