@@ -187,13 +187,16 @@ def near_tie() -> tuple[GoldenCase, nn.Module]:
     return case, module
 
 
-def test_flipped_near_ties_are_traced(near_tie):
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_flipped_near_ties_are_traced(near_tie, backend):
+    require(backend, near_tie[0].name, torch.float32)
     case, module = near_tie
     with restore_kernels.use_backend("eager"):
         truth = results(case, module, torch.float64)
+    with restore_kernels.use_backend(backend):
         excess, _ = largest(errors(results(case, module, torch.float32), truth))
     assert excess > IN_FLOAT32
-    assert_float32_is_right(case, module, truth, "eager")
+    assert_float32_is_right(case, module, truth, backend)
 
 
 def test_a_fault_beside_near_ties_is_seen(near_tie):
