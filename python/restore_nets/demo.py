@@ -43,6 +43,7 @@ from restore_nets.models.options import suggestion
 from restore_nets.photos import TRAINING, UNSEEN, shipped_photos
 from restore_nets.progress import progress
 from restore_nets.restoring import restore
+from restore_nets.starts import pass_input_through
 from restore_nets.tasks import Task, create_task
 from restore_nets.training import Trainer, TrainingConfig, available_device
 
@@ -262,7 +263,10 @@ def make_trainer(material: Material, options: Options, steps: int) -> Trainer:
     """The training run at its start; the seed decides all of it."""
     torch.manual_seed(options.seed)
     config = TrainingConfig(steps, options.recipe.learning_rate, device=options.device)
-    return Trainer(create_model(**options.network), material.crops(steps), config)
+    model = create_model(**options.network)
+    if options.recipe.passes_input:
+        pass_input_through(model)
+    return Trainer(model, material.crops(steps), config)
 
 
 def steps_within(seconds: float, make: Callable[[], Trainer]) -> int:

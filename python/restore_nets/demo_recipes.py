@@ -14,6 +14,7 @@ class DemoRecipe:
 
     Args:
         enlarges: the network has an option ``scale``, that of the task.
+        passes_input: training begins with ``starts.pass_input_through``.
         crop: side of the crops, in pixels of what the network sees.
         restored: longest side of the unseen photos, in pixels; what is longer is cut off around the middle.
     """
@@ -24,6 +25,7 @@ class DemoRecipe:
     batch: int = 8
     crop: int = 48
     enlarges: bool = False
+    passes_input: bool = False
     restored: int = 800
 
 
@@ -40,6 +42,11 @@ RECIPES: Mapping[str, DemoRecipe] = MappingProxyType({
     "ddsa": DemoRecipe(_SMALL_U, steps=450),
     "drsformer": DemoRecipe({**_SMALL_U, "mefc": False}, steps=450),
     "elf": DemoRecipe({"n_feat": 16}, steps=600),
-    "pa_edsr": DemoRecipe({"n_resblocks": 8, "n_feats": 32, "reduction": 2}, 800, 1e-3, 8, 32, True, 400),
-    "panet": DemoRecipe({"n_resblocks": 8, "n_feats": 32}, 800, 1e-3, 8, 32, restored=256),
+    "pa_edsr": DemoRecipe(
+        {"n_resblocks": 8, "n_feats": 32, "reduction": 2}, steps=1200, learning_rate=1e-3, batch=4, crop=24,
+        enlarges=True, passes_input=True, restored=400,
+    ),
+    "panet": DemoRecipe(
+        {"n_resblocks": 8, "n_feats": 32}, steps=900, batch=4, crop=32, passes_input=True, restored=256,
+    ),
 })  # fmt: skip
