@@ -43,10 +43,10 @@ RECIPES: Mapping[str, DemoRecipe] = MappingProxyType({
     "drsformer": DemoRecipe({**_SMALL_U, "mefc": False}, steps=450),
     "elf": DemoRecipe({"n_feat": 16}, steps=600),
     "pa_edsr": DemoRecipe(
-        {"n_resblocks": 8, "n_feats": 32, "reduction": 2}, steps=1200, learning_rate=1e-3, batch=4, crop=24,
-        enlarges=True, passes_input=True, restored=400,
+        {"n_resblocks": 8, "n_feats": 32, "reduction": 2}, steps=1500, learning_rate=1e-3, batch=4, crop=24,
+        enlarges=True, passes_input=True, restored=384,
     ),
     "panet": DemoRecipe(
-        {"n_resblocks": 8, "n_feats": 32}, steps=900, batch=4, crop=32, passes_input=True, restored=256,
+        {"n_resblocks": 8, "n_feats": 32}, steps=1200, batch=4, crop=32, passes_input=True, restored=192,
     ),
 })  # fmt: skip
