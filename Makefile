@@ -25,7 +25,8 @@ bench: $(VENV)/built
 # On a machine with an NVIDIA GPU, PyTorch, Triton and pytest; no network. The suites run side by side,
 # then, alone, the benchmarks.
 OUT ?= benchmarks/results
-GPU_SUITES := topk_attention topk_attention_ops masked_attention masked_attention_masks masked_attention_ops integration
+GPU_SUITES := topk_attention topk_attention_ops masked_attention masked_attention_masks masked_attention_ops integration \
+	pyramid_attention pyramid_attention_hard pyramid_attention_ops pyramid_attention_integration
 gpu:
 	$(GPU_PYTHON) setup.py -q build_ext --inplace
 	mkdir -p $(OUT)/logs

@@ -120,7 +120,7 @@ def _backward_arguments(name: str, problem: conformance.Problem, saved: Tensor) 
 
 
 @pytest.mark.parametrize("name", ["pyramid_attention", "pyramid_attention_hard"])
-@each([case for case in CASES if case.dtype in (torch.float32, torch.bfloat16)], FUSED)
+@each([SMALL, replace(SMALL, arrangements=PLACES, dtype=torch.bfloat16), CASES[-1]], FUSED)
 def test_operators_are_registered_correctly(backend, case, name):
     """Schemas, and fakes that predict shapes, dtypes and strides."""
     problem = build(case)
@@ -166,11 +166,12 @@ def _flat(x: list) -> list[Tensor]:
 DOUBLE = Case((1, 2, 3, 4, 5), ((4, 5), (2, 3), (1, 1)), dtype=torch.float64, softmax_scale=3.0)
 
 
-@pytest.mark.parametrize("eps", [1e-4, 3.0, 50.0], ids=["free", "some clamped", "all clamped"])
-@pytest.mark.parametrize("patch_size", [1, 3, 5])
+@pytest.mark.parametrize(
+    ("patch_size", "eps"),
+    [(3, 1e-4), (3, 3.0), (3, 50.0), (1, 1.5), (5, 3.0)],
+)
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if torch.float64 in DTYPES[name]])
 def test_gradcheck(backend, patch_size, eps):
-    eps = eps / 2 if patch_size == 1 and eps == 3 else eps
     problem = build(replace(DOUBLE, patch_size=patch_size, eps=eps))
     clamped, free = (sum(int(parts[i].sum()) for parts in problem.parts.values()) for i in range(2))
     assert (clamped > 0, free > 0) == (eps > 1, eps < 50)
