@@ -17,9 +17,9 @@ from torch import Tensor
 
 from restore_kernels.pyramid_attention import triton_patch_backward_kernels as backward_kernels
 from restore_kernels.pyramid_attention import triton_patch_kernels as kernels
+from restore_kernels.pyramid_attention.triton_tiles import Tile, padded_channels, pieces, tiles_for
 from restore_kernels.tensors import empty_image
 from restore_kernels.triton_common.launching import (
-    NO_SPILLS,
     block,
     computed_operand,
     launch,
@@ -29,72 +29,6 @@ from restore_kernels.triton_common.launching import (
     split,
     triton_dtype,
 )
-from restore_kernels.triton_common.token_launch import takes_64_rows
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What a program works on.
-
-    Attributes:
-        owned, streamed: rows that it owns, and rows of the other side that it takes at a time.
-        kept: the longest patches, in numbers, that it keeps of queries or keys, and of the other image.
-        chunk: of longer patches it multiplies so many numbers at a time.
-        sums: numbers of its patches that it sums, in two parts.
-    """
-
-    owned: int
-    streamed: int
-    warps: int
-    kept: tuple[int, int]
-    chunk: int
-    sums: tuple[int, int] = (0, 0)
-
-    def options(self) -> dict[str, Any]:
-        blocks = {"BLOCK_N": self.owned, "BLOCK_M": self.streamed}
-        return {**blocks, "num_warps": self.warps, "num_stages": 2, **NO_SPILLS}
-
-
-# By whether operands have 16 bits and whether matrix instructions take 64 rows, for each kind of kernel.
-_TILES = {
-    (True, True): {
-        "statistics": Tile(128, 64, 8, (288, 0), 64),
-        "mixture": Tile(128, 64, 8, (288, 0), 64, (256, 32)),
-        "selection": Tile(64, 32, 8, (0, 0), 64, (256, 32)),
-        "row_sums": Tile(128, 64, 8, (288, 0), 64),
-        "gradient": Tile(128, 32, 8, (288, 0), 64, (256, 32)),
-    },
-    (True, False): {
-        "statistics": Tile(64, 64, 4, (288, 0), 64),
-        "mixture": Tile(64, 32, 8, (288, 0), 64, (128, 64)),
-        "selection": Tile(64, 32, 8, (0, 0), 64, (128, 64)),
-        "row_sums": Tile(64, 32, 8, (0, 0), 64),
-        "gradient": Tile(64, 32, 8, (0, 0), 64, (128, 16)),
-    },
-    (False, True): {
-        "statistics": Tile(64, 64, 8, (0, 0), 32),
-        "mixture": Tile(64, 32, 8, (0, 0), 32, (128, 16)),
-        "selection": Tile(64, 32, 8, (0, 0), 32, (128, 16)),
-        "row_sums": Tile(64, 32, 8, (0, 0), 32),
-        "gradient": Tile(64, 32, 8, (0, 0), 32, (128, 16)),
-    },
-    (False, False): {
-        "statistics": Tile(64, 32, 8, (0, 0), 32),
-        "mixture": Tile(32, 32, 4, (0, 0), 32, (64, 0)),
-        "selection": Tile(32, 32, 4, (0, 0), 32, (64, 0)),
-        "row_sums": Tile(32, 32, 4, (0, 0), 32),
-        "gradient": Tile(32, 32, 4, (0, 0), 32, (64, 0)),
-    },
-}
-
-
-def _pieces(length: int) -> tuple[int, int]:
-    """Two powers of two, 16 at least or no second one, that cover so many numbers closely."""
-    large = max(16, 1 << (length.bit_length() - 1))
-    if length <= large:
-        return large, 0
-    small = block(length - large, large)
-    return (large, small) if small < large else (2 * large, 0)
 
 
 @dataclass(frozen=True)
@@ -144,9 +78,9 @@ class Call:
         self.dtype = operand(x.dtype, length)
         self.precision = precision(x.dtype, length)
         self.gradient_dtype, self.gradient_precision = computed_operand(x.dtype, length)
-        self.tiles = dict(_TILES[self.dtype != torch.float32, takes_64_rows(x)])
-        if self.gradient_dtype != self.dtype:  # whose operands take the registers that owned patches would
-            self.tiles["gradient"] = replace(self.tiles["gradient"], kept=(0, 0))
+        self.tiles = tiles_for(x, self.dtype, patch_size**2 * padded_channels(depth))
+        if self.gradient_dtype != self.dtype:  # whose operands need the registers of patches at hand
+            self.tiles["gradient"] = replace(self.tiles["gradient"], keeps=False)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty((self.batch, *shape), dtype=dtype, device=self.device)
@@ -154,7 +88,7 @@ class Call:
     def padded(self, x: Tensor) -> Padded:
         batch, channels, height, width = x.shape
         border = self.patch_size // 2
-        size = (height + 2 * border, width + 2 * border, triton.cdiv(channels, 8) * 8)
+        size = (height + 2 * border, width + 2 * border, padded_channels(channels))
         data = torch.zeros((batch, *size), dtype=self.dtype, device=x.device)
         data[:, border : border + height, border : border + width, :channels] = x.permute(0, 2, 3, 1)
         return Padded(data, height, width)
@@ -179,17 +113,16 @@ class Call:
         """Constants of a kernel whose program multiplies patches of so many channels of two images."""
         area = self.patch_size**2
         constants: dict[str, Any] = {"DEPTH": depth, "PATCH": self.patch_size, "PRECISION": self.precision}
-        for name, channels, kept in (("D", depth, tile.kept[0]), ("E", width, tile.kept[1])):
+        for name, channels, is_kept in (("D", depth, tile.keeps), ("E", width, False)):
             if channels:
-                length = area * channels
-                pieces = _pieces(length) if length <= kept else (block(length, tile.chunk), 0)
-                constants[f"LARGE_{name}"], constants[f"SMALL_{name}"] = pieces
+                numbers = pieces(area * channels) if is_kept else (block(area * channels, tile.chunk), 0)
+                constants[f"LARGE_{name}"], constants[f"SMALL_{name}"] = numbers
         return constants | tile.options()
 
     def sums(self, tile: Tile, channels: int) -> tuple[int, dict[str, Any]]:
         """Parts in which a kernel sums patches of so many channels, and constants."""
         length = self.patch_size**2 * channels
-        large, small = tile.sums if length > sum(tile.sums) else _pieces(length)
+        large, small = tile.sums if length > sum(tile.sums) else pieces(length)
         return triton.cdiv(length, large + small), {"LARGE": large, "SMALL": small}
 
     def gradient(self) -> dict[str, Any]:

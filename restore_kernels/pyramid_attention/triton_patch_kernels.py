@@ -29,15 +29,17 @@ Why not box filters over products of pixels, 2 (2 Cq + Cv) operations per pair o
 Cq = 32 and Cv = 64, that is 256, nothing beside the three filters around them, which shift tiles
 diagonally. Triton can only do that through shared memory: 2 stages x (4 B written + 8 B read) x 3 filters
 are 72 B per pair, 2.4 ps at the 30 TB/s of an H200's shared memory, and about twice that with the halos of
-its tiles. Patches cost 576 operations per pair for L and 576 + 1152 for P V, where 576 count twice as half
-the sums fit into registers: 2880, 3.6 ps at 790 TFLOP/s in bfloat16, and shared memory is moved as little
-as with filters. Both bound the mixture alike: 2304 operations are 0.56 cycles of a multiprocessor per pair,
-as are its 72 B. In float32 (three tf32 products) patches take about 20 ps and filters would be several times
-faster, in a language that has them.
+its tiles. Patches cost 576 operations per pair for L and 2 x 576 + 1152 for P V, twice because half of the
+sums fit into registers: 2880, 3.6 ps at 790 TFLOP/s in bfloat16. In float32 (three tf32 products) patches
+take about 20 ps, and filters would be several times faster in a language that can shift.
 
-By these counts, the 8.9e8 pairs of 128 x 128 pixels and five levels (1, 0.9, ... 0.6) take an H200 at least
-3.2 ms forward and 9.7 ms backward (8640 operations) in bfloat16; an A100 (312 TFLOP/s, smaller tiles: 3456
-and 13248) 10 and 38 ms. The keys and values of all levels, 11 MB, stay in the L2 cache; memory takes no time.
+What bounds the kernels on an H200, in cycles of a multiprocessor per pair: at 4096 operations per cycle the
+products of the mixture are 0.56, as are its 72 B of shared memory at 128 B per cycle; those of the statistics
+0.14 and 0.17. The row sums (0.42 and 0.66) and the gradients of queries and keys (0.56 and 1.1) load do or
+the values anew for every tile, having no room for both patches: shared memory bounds them. So the 8.9e8
+pairs of 128 x 128 pixels and five levels (1, 0.9, ... 0.6) take at least 3 ms forward and 13 ms backward;
+an A100, whose smaller tiles take 3456 and 12672 operations per pair at 312 TFLOP/s, 10 and 36 ms. The keys
+and values of all levels are 11 MB and stay in the L2 cache.
 """
 
 from __future__ import annotations
