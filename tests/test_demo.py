@@ -188,6 +188,24 @@ def test_pairs_of_every_task(name, tmp_path):
     assert "The pairs are yours" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("task", "crop", "steps", "gain"), [("denoise", 24, 60, 4), ("jpeg", 16, 100, 0), ("sr", 16, 100, 0)]
+)
+def test_small_pyramid_networks_learn(task, crop, steps, gain, tmp_path, monkeypatch):
+    """Better than the noisy photo by 4 dB, than the compressed one, than bicubic enlargement."""
+    name = DEFAULT_MODELS[task]
+    recipe = RECIPES[name]
+    options = {**recipe.options, "n_resblocks": 2, "n_feats": 16}
+    small = replace(recipe, options=options, steps=steps, crop=crop, learning_rate=2e-3, restored=96)
+    monkeypatch.setattr(demo, "RECIPES", {name: small})
+    chosen = demo.Options(tmp_path, task=create_task(task))
+    material = demo.prepare(chosen)
+    trainer = demo.make_trainer(material, chosen, steps)
+    trainer.train()
+    results = [demo.restore_pair(trainer.model, pair, chosen.task) for pair in material.unseen[:2]]
+    assert np.mean([result.after.psnr - result.before.psnr for result in results]) > gain
+
+
 def test_unseen_photos_are_cut_to_what_the_recipe_restores(photos, tmp_path, monkeypatch):
     recipes = {"panet": replace(demo.RECIPES["panet"], restored=30)}
     monkeypatch.setattr(demo, "RECIPES", recipes)

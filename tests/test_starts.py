@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from restore_nets import create_model
 from restore_nets.metrics import score
 from restore_nets.starts import bicubic_kernels, pass_input_through
+from restore_nets.tasks import create_task
 from restore_nets.tasks.super_resolution import downscale, upscale
 
 
@@ -35,6 +37,16 @@ def test_panet_begins_as_its_input():
         carried = without_body(model)(photo()[None])[0]
     torch.testing.assert_close(carried, photo())
     assert score(begun, photo(), "denoise").psnr > 20
+
+
+def test_demosaicing_begins_with_bilinear_interpolation():
+    torch.manual_seed(0)
+    task, model = create_task("demosaic"), create_model("panet", n_resblocks=2, n_feats=8)
+    pass_input_through(model, task.first_filter())
+    mosaic = task.degrade(photo(), np.random.default_rng(0))
+    with torch.no_grad():
+        carried = without_body(model)(mosaic[None])[0]
+    torch.testing.assert_close(carried[:, 1:-1, 1:-1], task.before(mosaic)[:, 1:-1, 1:-1])
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])

@@ -265,7 +265,7 @@ def make_trainer(material: Material, options: Options, steps: int) -> Trainer:
     config = TrainingConfig(steps, options.recipe.learning_rate, device=options.device)
     model = create_model(**options.network)
     if options.recipe.passes_input:
-        pass_input_through(model)
+        pass_input_through(model, options.task.first_filter())
     return Trainer(model, material.crops(steps), config)
 
 

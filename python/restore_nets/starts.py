@@ -18,7 +18,7 @@ COLOURS = 3
 BODY_SHARE = 0.1  # of the body's untrained result that is added at first
 
 
-def pass_input_through(model: nn.Module) -> None:
+def pass_input_through(model: nn.Module, kernels: Tensor | None = None) -> None:
     """Change the untrained weights of a PANet or PA-EDSR, so that it begins near its input.
 
     PA-EDSR begins near its input enlarged by the middle 3x3 of the bicubic kernel.
@@ -27,11 +27,12 @@ def pass_input_through(model: nn.Module) -> None:
         model: has ``head[0]``, ``body[-1]`` and ``tail[-1]``, 3x3 convolutions with biases, and for a
             ``scale`` above 1 an upsampler of 3x3 convolutions and ``nn.PixelShuffle`` in ``tail[0]``;
             at least 3 features.
+        kernels: 3x3 filters, one per colour (3, 3, 3), through which the input passes; None for none.
     """
     parts = {name: cast(nn.Sequential, getattr(model, name)) for name in ("head", "body", "tail")}
     head, body, tail = (_conv(parts["head"][0]), _conv(parts["body"][-1]), _conv(parts["tail"][-1]))
     with torch.no_grad():
-        _carry(head, torch.eye(COLOURS), same_pixel())
+        _carry(head, torch.eye(COLOURS), same_pixel() if kernels is None else kernels)
         body.weight *= BODY_SHARE
         cast(Tensor, body.bias).zero_()
         for conv, factor in _upsampling(parts["tail"]):

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from restore_nets.tasks.task import Labels, Task, check_photo
 
+TRIANGLE = torch.outer(torch.tensor([0.5, 1, 0.5]), torch.tensor([0.5, 1, 0.5]))
+
 
 def measured(height: int, width: int) -> Tensor:
     """1 where the sensor measures a colour, otherwise 0: (3, height, width)."""
@@ -36,7 +38,7 @@ def bilinear(mosaic: Tensor) -> Tensor:
     Weights of a 3x3 triangle, normalised by those that meet a measured pixel: two or four neighbours
     inside, fewer at the border. A photo of a single row or column lacks colours altogether: they stay 0.
     """
-    triangle = torch.outer(torch.tensor([0.5, 1, 0.5]), torch.tensor([0.5, 1, 0.5])).view(1, 1, 3, 3)
+    triangle = TRIANGLE.view(1, 1, 3, 3)
     sites = measured(*mosaic.shape[1:])
     weights = F.conv2d(sites[:, None], triangle, padding=1)[:, 0]
     spread = F.conv2d((mosaic * sites)[:, None], triangle, padding=1)[:, 0]
@@ -61,6 +63,11 @@ class Demosaic(Task):
     def before(self, degraded: Tensor) -> Tensor:
         """Bilinear interpolation."""
         return bilinear(degraded)
+
+    def first_filter(self) -> Tensor:
+        """Bilinear interpolation away from the borders."""
+        cross = torch.tensor([[0, 0.25, 0], [0.25, 1, 0.25], [0, 0.25, 0]])
+        return torch.stack((TRIANGLE, cross, TRIANGLE))
 
     @property
     def metric(self) -> str:

@@ -86,6 +86,13 @@ class Task(ABC):
         """What one would do without a network; None where that is ``before``."""
         return None
 
+    def first_filter(self) -> Tensor | None:
+        """3x3 kernels, one per colour, that do what ``before`` does where such a filter can: (3, 3, 3).
+
+        None where ``before`` leaves a degraded photo as it is, or is no such filter.
+        """
+        return None
+
     @property
     @abstractmethod
     def metric(self) -> str:
