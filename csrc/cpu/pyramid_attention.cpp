@@ -34,7 +34,7 @@ constexpr T kNoWeight = std::numeric_limits<T>::infinity();
 template <typename T, int kRadius>
 Scratch<T> log_sum_exps(const Problem<T>& p, const Division& division) {
   const int64_t bands = p.bands.size();
-  Shares<T> largest(bands), sums(bands);
+  Shares<T> largest(division, bands), sums(division, bands);
   division.run([&](int64_t task, const Chain* begin, const Chain* end) {
     Walk<T, kRadius> walk(p);
     for (const Chain* chain = begin; chain < end; ++chain) {
@@ -85,7 +85,7 @@ void forward(const Tensor& query, TensorList keys, TensorList values, const Sett
   std::copy_n(statistics.get(), p.height * p.width, log_sum_exp.mutable_data_ptr<T>() + b * p.height * p.width);
 
   const auto lanes = lanes_of_bands<T>(statistics.get(), p, p.radius, kNoWeight<T>);
-  Shares<T> shares(p.bands.size());
+  Shares<T> shares(division, p.bands.size());
   division.run([&](int64_t task, const Chain* begin, const Chain* end) {
     Walk<T, kRadius> walk(p);
     for (const Chain* chain = begin; chain < end; ++chain)
@@ -140,8 +140,9 @@ void backward(const Tensor& grad_out, const Tensor& query, TensorList keys, Tens
   const auto lse = lanes_of_bands<T>(log_sum_exp.const_data_ptr<T>() + b * p.height * p.width, p, p.radius, kNoWeight<T>);
 
   const int64_t bands = p.bands.size();
-  Shares<T> shares_of_delta(bands);
-  Division(p.height, p.bands, p.levels, 0, p.levels.size()).run([&](int64_t task, const Chain* begin, const Chain* end) {
+  const Division all(p.height, p.bands, p.levels, 0, p.levels.size());
+  Shares<T> shares_of_delta(all, bands);
+  all.run([&](int64_t task, const Chain* begin, const Chain* end) {
     Walk<T, kRadius> walk(p);
     for (const Chain* chain = begin; chain < end; ++chain)
       walk.delta(*chain, lse[chain->band].get(), shares_of_delta.of(task, chain->band, p.height * p.bands[chain->band].lanes));
@@ -161,11 +162,12 @@ void backward(const Tensor& grad_out, const Tensor& query, TensorList keys, Tens
   }
   const auto deltas = lanes_of_bands<T>(delta.get(), p, p.radius, T(0));
 
-  Shares<T> of_query(bands);
+  Shares<T> of_query(all, bands);
   for (size_t i = 0; i < p.levels.size(); ++i) {  // one by one, so that tasks hold the gradients of one level
     const Level<T>& level = p.levels[i];
-    Shares<T> of_keys(1), of_values(1), of_products(1);
-    Division(p.height, p.bands, p.levels, i, i + 1).run([&](int64_t task, const Chain* begin, const Chain* end) {
+    const Division division(p.height, p.bands, p.levels, i, i + 1);
+    Shares<T> of_keys(division, 1), of_values(division, 1), of_products(division, 1);
+    division.run([&](int64_t task, const Chain* begin, const Chain* end) {
       Walk<T, kRadius> walk(p);
       for (const Chain* chain = begin; chain < end; ++chain) {
         const int64_t band = chain->band;

@@ -24,9 +24,10 @@ void find_matches(const Problem<T>& p, int64_t* index) {
   const std::vector<T> lowest(p.height * p.width, std::numeric_limits<T>::lowest());
   const auto start = lanes_of_bands<T>(lowest.data(), p, 0, std::numeric_limits<T>::infinity());
   const int64_t bands = p.bands.size();
-  Shares<T> largest(bands);
-  Shares<int64_t> position(bands);
-  Division(p.height, p.bands, p.levels, 0, p.levels.size()).run([&](int64_t task, const Chain* begin, const Chain* end) {
+  const Division division(p.height, p.bands, p.levels, 0, p.levels.size());
+  Shares<T> largest(division, bands);
+  Shares<int64_t> position(division, bands);
+  division.run([&](int64_t task, const Chain* begin, const Chain* end) {
     Walk<T, kRadius> walk(p);
     for (const Chain* chain = begin; chain < end; ++chain) {
       const int64_t count = p.height * p.bands[chain->band].lanes;

@@ -19,10 +19,8 @@ struct Chain {
   int64_t key_row(int64_t step) const { return first + step + offset; }
 };
 
-constexpr int64_t kTasks = 16;
-
-// All chains of some bands and levels, band by band, in kTasks parts of about equal work. Depends on
-// shapes alone, so that sums are the same for any number of threads.
+// All chains of some bands and levels, band by band, in one part of about equal work per thread: every part
+// takes memory for what it adds to the results. Sums are the same for the same number of threads.
 class Division {
  public:
   template <typename T>
@@ -36,15 +34,18 @@ class Division {
           chains_.push_back({band, level, offset, first, end - first});
           work.push_back((work.empty() ? 0 : work.back()) + (end - first) * levels[level].width * bands[band].lanes);
         }
+    const int64_t tasks = at::get_num_threads();
     bounds_.push_back(0);
-    for (int64_t task = 1; task <= kTasks; ++task)
-      bounds_.push_back(std::upper_bound(work.begin(), work.end(), work.back() * task / kTasks) - work.begin());
+    for (int64_t task = 1; task <= tasks; ++task)
+      bounds_.push_back(std::upper_bound(work.begin(), work.end(), work.back() * task / tasks) - work.begin());
   }
+
+  int64_t tasks() const { return bounds_.size() - 1; }
 
   // f(task, its chains in order), tasks in parallel; f is called for every task that has chains.
   template <typename F>
   void run(F f) const {
-    at::parallel_for(0, kTasks, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, tasks(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task)
         if (bounds_[task] < bounds_[task + 1])
           f(task, chains_.data() + bounds_[task], chains_.data() + bounds_[task + 1]);
@@ -60,7 +61,8 @@ class Division {
 template <typename T>
 class Shares {
  public:
-  explicit Shares(int64_t results) : results_(results), shares_(kTasks * results) {}
+  Shares(const Division& division, int64_t results)
+      : tasks_(division.tasks()), results_(results), shares_(tasks_ * results) {}
 
   // A task's share of a result, `count` values, at first all `start`.
   T* of(int64_t task, int64_t result, int64_t count, T start = 0) {
@@ -79,13 +81,13 @@ class Shares {
   // Those of a result, in the order of the tasks.
   std::vector<const T*> all(int64_t result) const {
     std::vector<const T*> found;
-    for (int64_t task = 0; task < kTasks; ++task)
+    for (int64_t task = 0; task < tasks_; ++task)
       if (const auto& share = shares_[task * results_ + result]) found.push_back(share->get());
     return found;
   }
 
  private:
-  int64_t results_;
+  int64_t tasks_, results_;
   std::vector<std::optional<Scratch<T>>> shares_;
 };
 

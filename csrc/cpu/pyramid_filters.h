@@ -73,6 +73,7 @@ struct Rows {
   int64_t begin = 0, end = 0;
 
   bool empty() const { return begin >= end; }
+  int64_t count() const { return end - begin; }
   void add(Rows other) {
     if (other.empty()) return;
     begin = empty() ? other.begin : std::min(begin, other.begin);
@@ -80,7 +81,7 @@ struct Rows {
   }
 };
 
-// What the filter reads and writes for one tile. kRadius 0: the radius is known at run time only.
+// What a filter reads and writes for some rows of a tile. kRadius 0: the radius is known at run time only.
 template <typename T>
 struct Taps {
   const T* input;
@@ -101,7 +102,7 @@ struct Taps {
     return sum;
   }
 
-  // One vector of the sum over the kept tiles and the input.
+  // One vector of the sum over the kept tiles and the input, which is then kept in place of the oldest.
   template <int kRadius>
   Vec<T> sum(int64_t at) const {
     const int64_t count = 2 * (kRadius ? kRadius : any_radius);
@@ -112,83 +113,102 @@ struct Taps {
   }
 };
 
-// Along one chain of tiles, each `rows` x `lanes`.
+// A diagonal box filter along one chain of tiles, each `rows` x `lanes`. A tile comes in pieces, a few rows
+// at a time; of the input only what the filter still needs is held.
 template <typename T>
 class DiagonalBox {
  public:
-  DiagonalBox(int64_t radius, int64_t most_rows, int64_t lanes)
-      : radius_(radius), row_(lanes + kMargin<T>), most_rows_(most_rows),
-        ring_tile_(most_rows * row_ + kApart - most_rows * row_ % kPage), input_((most_rows + 2 * radius) * row_ + kMargin<T>), ring_(taps() * ring_tile_),
-        zeros_((most_rows + 2 * radius) * row_ + kMargin<T>) {
-    std::fill_n(zeros_.get(), (most_rows + 2 * radius) * row_ + kMargin<T>, T(0));
+  // `piece`: the most rows that come at a time.
+  DiagonalBox(int64_t radius, int64_t most_rows, int64_t lanes, int64_t piece)
+      : radius_(radius), row_(lanes + kMargin<T>), slots_(std::max<int64_t>(2 * radius, 1)),
+        slot_(most_rows * row_ + kApart - most_rows * row_ % kPage), input_size_((piece + 3 * radius) * row_ + 2 * kMargin<T>),
+        input_(input_size_), ring_(slots_ * slot_), zeros_(slot_) {
+    std::fill_n(input_.get(), input_size_, T(0));
+    std::fill_n(zeros_.get(), slot_, T(0));
   }
 
-  int64_t taps() const { return 2 * radius_ + 1; }
   int64_t row() const { return row_; }
 
-  // Tiles have `rows` rows from now on.
-  void resize(int64_t rows) {
-    rows_ = rows;
-    std::fill_n(input_.get(), (most_rows_ + 2 * radius_) * row_ + kMargin<T>, T(0));
+  void start_chain(int64_t rows, int64_t lanes) {
+    if (lanes != lanes_) std::fill_n(input_.get(), input_size_, T(0));  // the margin is elsewhere
+    rows_ = rows, lanes_ = lanes;
+    kept_.fill(zeros_.get());
+    matters_.fill({});
   }
 
-  void start_chain() {
-    for (int64_t i = 0; i < taps(); ++i) kept_[i] = zeros(), matters_[i] = {};
+  // The next tile is what will come, or zero where the chain has none.
+  void start_tile(bool comes) {
+    const int64_t newest = 2 * radius_;
+    for (int64_t i = 0; i < newest; ++i) kept_[i] = kept_[i + 1], matters_[i] = matters_[i + 1];
+    comes_ = comes;
+    kept_[newest] = comes ? free_slot() : zeros_.get();
+    matters_[newest] = {};
+    begin_ = 0;
+    std::fill_n(input_.get(), 2 * radius_ * row_ + kMargin<T>, T(0));
   }
 
-  // Where the next tile of the chain goes; its margins are zero and stay so.
-  T* input() { return inside(input_.get()); }
-
-  // The next tile is input(), or zero where the chain has none.
-  void advance(bool is_input) {
-    for (int64_t i = 0; i + 1 < taps(); ++i) kept_[i] = kept_[i + 1], matters_[i] = matters_[i + 1];
-    is_zero_ = !is_input;
-    kept_[taps() - 1] = is_zero_ ? zeros() : ring_.get() + step_++ % taps() * ring_tile_;
-    matters_[taps() - 1] = {0, is_zero_ ? 0 : rows_};
+  // Where rows [begin, ...), which come next, go: row i at i * row(). Margins are zero and stay so.
+  T* rows_from(int64_t begin) {
+    const int64_t first = 2 * radius_;  // rows before it that are still needed
+    if (begin > 0) std::copy_n(input_.get() + (begin - begin_) * row_, first * row_ + kMargin<T>, input_.get());
+    begin_ = begin;
+    return row_zero();
   }
 
-  // Only these rows of the last tile were not zero.
+  // The rows after the last one are zero.
+  void end_tile() { std::fill_n(row_zero() + rows_ * row_, radius_ * row_, T(0)); }
+
+  // Of the tile that came only these rows were not zero.
   void settle(Rows matter) {
-    matters_[taps() - 1] = matter;
-    if (matter.empty()) kept_[taps() - 1] = zeros();
+    matters_[2 * radius_] = matter;
+    if (matter.empty()) kept_[2 * radius_] = zeros_.get();
   }
 
-  // The rows of the sums that are not zero.
-  Rows sums() const {
-    Rows all;
-    for (int64_t i = 0; i < taps(); ++i) all.add(matters_[i]);
-    return all.empty() ? all : Rows{std::max<int64_t>(all.begin - radius_, 0), std::min(all.end + radius_, rows_)};
+  // Those of some rows of the sums that are not all zero, when the last tile was not zero in `matter`.
+  Rows sums(Rows matter, Rows rows) const {
+    for (int64_t i = 0; i < 2 * radius_; ++i) matter.add(matters_[i]);
+    if (matter.empty()) return {};
+    return {std::max(matter.begin - radius_, rows.begin), std::min(matter.end + radius_, rows.end)};
   }
 
-  Taps<T> last_taps() {
-    Taps<T> taps{inside(input_.get()), kept_[2 * radius_], {}, row_ + 1, radius_, is_zero_};
+  Taps<T> taps() {
+    Taps<T> taps{row_zero(), kept_[2 * radius_], {}, row_ + 1, radius_, !comes_};
     std::copy_n(kept_.begin(), 2 * radius_, taps.older.begin());
     return taps;
   }
 
  private:
-  T* inside(T* framed) const { return framed + kMargin<T> + radius_ * row_; }
-  T* zeros() { return inside(zeros_.get()); }
+  T* row_zero() { return input_.get() + kMargin<T> + (2 * radius_ - begin_) * row_; }
+
+  // In place of the oldest kept tile, which is read for the last time where this one is written.
+  T* free_slot() {
+    if (radius_ > 0 && kept_[0] != zeros_.get()) return kept_[0];
+    for (int64_t i = 0; i < slots_; ++i) {
+      T* slot = ring_.get() + i * slot_;
+      if (std::find(kept_.begin(), kept_.begin() + 2 * radius_, slot) == kept_.begin() + 2 * radius_) return slot;
+    }
+    return nullptr;  // there are as many slots as tiles are kept
+  }
 
   // Tiles of the ring lie this far apart within a page: a load waits for earlier stores to the same place in
   // any page.
   static constexpr int64_t kPage = 4096 / sizeof(T), kApart = kPage + kPage / 3 / kMargin<T> * kMargin<T>;
 
-  int64_t radius_, row_, most_rows_, ring_tile_, rows_ = 0, step_ = 0;
+  int64_t radius_, row_, slots_, slot_, input_size_, rows_ = 0, lanes_ = 0, begin_ = 0;
   Scratch<T> input_, ring_, zeros_;
   std::array<T*, 2 * kLargestRadius + 1> kept_{};  // oldest first
   std::array<Rows, 2 * kLargestRadius + 1> matters_{};
-  bool is_zero_ = true;
+  bool comes_ = false;
 };
 
 // Calls consume(lane state, row, at, sums of the boxes) for every vector of these rows of a tile, down its
 // columns, with the state that consume.begin(lane) makes and consume.end(state, lane) takes; `at` is where
-// the vector lies in a tile. The input must be there `radius` rows further.
+// the vector lies in a tile. The input must have come `radius` rows further.
 template <int kRadius, typename T, size_t kBoxes, typename Consume>
 void filter(const std::array<DiagonalBox<T>*, kBoxes>& boxes, Rows rows, int64_t lanes, Consume& consume) {
   // Copies, which the compiler knows no store to change.
   std::array<Taps<T>, kBoxes> taps;
-  for (size_t b = 0; b < kBoxes; ++b) taps[b] = boxes[b]->last_taps();
+  for (size_t b = 0; b < kBoxes; ++b) taps[b] = boxes[b]->taps();
   const int64_t row = boxes[0]->row();
   for (int64_t lane = 0; lane < lanes; lane += Vec<T>::size()) {
     auto state = consume.begin(lane);
@@ -205,7 +225,7 @@ void filter(const std::array<DiagonalBox<T>*, kBoxes>& boxes, Rows rows, int64_t
 template <int kRadius, typename T, size_t kBoxes>
 void keep(const std::array<DiagonalBox<T>*, kBoxes>& boxes, Rows rows, int64_t lanes) {
   for (auto* box : boxes) {
-    const Taps<T> taps = box->last_taps();
+    const Taps<T> taps = box->taps();
     for (int64_t i = rows.begin; i < rows.end; ++i)
       for (int64_t lane = 0; lane < lanes; lane += Vec<T>::size()) taps.template along_x<kRadius>(i * box->row() + lane);
   }

@@ -9,9 +9,14 @@ namespace restore_kernels {
 inline namespace CPU_CAPABILITY {
 namespace pyramid {
 
+// What a consumer of sums has found out: the rows of the weights that are not all zero.
+struct Consumer {
+  Rows matter;
+};
+
 // Running maximum and sum of exponentials of every lane.
 template <typename T>
-struct Statistics {
+struct Statistics : Consumer {
   T *largest, *sum;        // per lane
   const T* factors;        // per row of the tile
   struct State {
@@ -38,7 +43,7 @@ struct Statistics {
 
 // The largest score of every lane and its position; of equal ones the first position.
 template <typename T>
-struct Best {
+struct Best : Consumer {
   T* largest;         // per lane; infinite where no query is
   int64_t* position;  // per lane
   const T* factors;
@@ -78,10 +83,9 @@ struct Matter {
 
 // The softmax, into the tile `weights`.
 template <typename T>
-struct Weights {
+struct Weights : Consumer {
   const T *log_sum_exp, *factors;
   T* weights;
-  Rows matter{};
   struct State {
     Vec<T> log_sum_exp;
     Matter<T> matter{};
@@ -100,7 +104,7 @@ struct Weights {
 
 // delta, per lane += Σ over rows of P t
 template <typename T>
-struct Delta {
+struct Delta : Consumer {
   const T *log_sum_exp, *factors;
   T* delta;
   struct State {
@@ -120,12 +124,11 @@ struct Delta {
 // P and the gradient of the products' sums, dS times the row's factor; and Σ over the band's own lanes of
 // dS S, a vector per row.
 template <typename T>
-struct Slopes {
+struct Slopes : Consumer {
   const T *log_sum_exp, *delta, *own;  // own: 1 at the lanes of the band's own columns, else 0
   const T* factors;
   T out_scale;
   T *weights, *slopes, *products;
-  Rows matter{};
   struct State {
     Vec<T> log_sum_exp, delta, own;
     Matter<T> matter{};
@@ -162,39 +165,41 @@ struct Store {
 };
 
 // Walks chains of tiles; holds those of one task.
+//
+// A tile goes through all filters in pieces of a few rows, which stay in L1; filters run `radius` rows behind
+// what they read.
 template <typename T, int kRadius>
 class Walk {
  public:
   explicit Walk(const Problem<T>& p)
-      : p_(p), row_(p.most_lanes() + kMargin<T>), scores_(box()), slopes_of_weights_(box()), weights_(box()),
-        slopes_(box()), mixed_weights_(p.most_rows() * row_), mixed_slopes_(p.most_rows() * row_),
+      : p_(p), row_(p.most_lanes() + kMargin<T>), piece_(kPiece + 4 * p.radius), scores_(box()), slopes_of_weights_(box()),
+        weights_(box()), slopes_(box()), mixed_weights_(piece_ * row_), mixed_slopes_(piece_ * row_),
         products_(p.most_rows() * Vec<T>::size()) {}
 
   void statistics(const Chain& chain, T* largest, T* sum) {
     enter(chain);
     along<1>({&scores_}, [&](int64_t i, Rows rows) { multiply_scores(i, rows); },
-             [&](int64_t i) { return Statistics<T>{lanes(largest, i), lanes(sum, i), factors(i)}; });
+             [&](int64_t i, Rows) { return Statistics<T>{{}, lanes(largest, i), lanes(sum, i), factors(i)}; });
   }
 
   void best(const Chain& chain, T* largest, int64_t* position) {
     enter(chain);
-    along<1>({&scores_}, [&](int64_t i, Rows rows) { multiply_scores(i, rows); }, [&](int64_t i) {
+    along<1>({&scores_}, [&](int64_t i, Rows rows) { multiply_scores(i, rows); }, [&](int64_t i, Rows) {
       const int64_t first = level_->first + chain_->key_row(i) * width();
-      return Best<T>{lanes(largest, i), lanes(position, i), factors(i), first};
+      return Best<T>{{}, lanes(largest, i), lanes(position, i), factors(i), first};
     });
   }
 
   // out (H x Cv x lanes) += box(P) v
   void output(const Chain& chain, const T* log_sum_exp, T* out) {
     enter(chain);
-    along<1, 1>({&scores_}, [&](int64_t i, Rows rows) { multiply_scores(i, rows); },
-                [&](int64_t i) { return Weights<T>{lanes(log_sum_exp, i), factors(i), weights_.input()}; },
-                {&weights_}, {mixed_weights_.get()}, [&](int64_t i, Rows rows) {
-                  const int64_t calls = idle_calls<T>(p_.channels, lanes(), rows.end - rows.begin);
-                  multiply_add<T>(values(i).from(rows.begin, 0).transposed(), mixed(mixed_weights_, rows),
-                                  query_row(out, p_.channels, i), p_.channels, lanes(), rows.end - rows.begin,
-                                  {next(values(i + 1), width(), p_.channels, calls, i),
-                                   next(query_row<const T>(out, p_.channels, i + 1), p_.channels, lanes(), calls, i)});
+    along<1, 1>({&scores_}, {&weights_}, {&mixed_weights_}, [&](int64_t i, Rows rows) { multiply_scores(i, rows); },
+                [&](int64_t i, Rows rows) {
+                  return Weights<T>{{}, lanes(log_sum_exp, i), factors(i), weights_.rows_from(rows.begin)};
+                },
+                [&](int64_t i, Rows rows, const std::array<Matrix<const T>, 1>& mixed) {
+                  multiply_add<T>(values(i).from(rows.begin, 0).transposed(), mixed[0], query_row(out, p_.channels, i),
+                                  p_.channels, lanes(), rows.count());
                 });
   }
 
@@ -202,29 +207,31 @@ class Walk {
   void delta(const Chain& chain, const T* log_sum_exp, T* delta) {
     enter(chain);
     along<2>({&scores_, &slopes_of_weights_}, [&](int64_t i, Rows rows) { multiply_both(i, rows); },
-             [&](int64_t i) { return Delta<T>{lanes(log_sum_exp, i), factors(i), lanes(delta, i)}; });
+             [&](int64_t i, Rows) { return Delta<T>{{}, lanes(log_sum_exp, i), factors(i), lanes(delta, i)}; });
   }
 
   struct Gradients {
-    T *query;         // of the band, H x Cq x lanes
+    T* query;          // of the band, H x Cq x lanes
     T *keys, *values;  // of the level, pixels x channels; keys' without what comes through the norms
-    T *products;      // Σ_n dS S of every key patch
+    T* products;       // Σ_n dS S of every key patch
   };
 
+  // `queries`, `grad_out`: the images, pixel-major; `own`: 1 at the lanes of the band's own columns, else 0.
   void gradients(const Chain& chain, const T* log_sum_exp, const T* delta, const T* own, T out_scale,
                  const Scratch<T>& queries, const Scratch<T>& grad_out, const Gradients& to) {
     enter(chain);
     const int64_t first = band_->begin - band_->left, columns = band_->end - band_->begin;
     along<2, 2>(
-        {&scores_, &slopes_of_weights_}, [&](int64_t i, Rows rows) { multiply_both(i, rows); },
-        [&](int64_t i) {
-          std::fill_n(products_.get(), width() * Vec<T>::size(), T(0));
-          return Slopes<T>{lanes(log_sum_exp, i), lanes(delta, i), own, factors(i), out_scale, weights_.input(),
-                           slopes_.input(), products_.get()};
+        {&scores_, &slopes_of_weights_}, {&weights_, &slopes_}, {&mixed_weights_, &mixed_slopes_},
+        [&](int64_t i, Rows rows) { multiply_both(i, rows); },
+        [&](int64_t i, Rows rows) {
+          std::fill_n(products_.get() + rows.begin * Vec<T>::size(), rows.count() * Vec<T>::size(), T(0));
+          return Slopes<T>{{}, lanes(log_sum_exp, i), lanes(delta, i), own, factors(i), out_scale,
+                           weights_.rows_from(rows.begin), slopes_.rows_from(rows.begin), products_.get()};
         },
-        {&weights_, &slopes_}, {mixed_weights_.get(), mixed_slopes_.get()}, [&](int64_t i, Rows rows) {
-          const int64_t count = rows.end - rows.begin, pixel = chain_->query_row(i) * p_.width + band_->begin;
-          const Matrix<const T> weights = mixed(mixed_weights_, rows), slopes = mixed(mixed_slopes_, rows);
+        [&](int64_t i, Rows rows, const std::array<Matrix<const T>, 2>& mixed) {
+          const auto& [weights, slopes] = mixed;
+          const int64_t count = rows.count(), pixel = chain_->query_row(i) * p_.width + band_->begin;
           multiply_add<T>(keys(i).from(rows.begin, 0).transposed(), slopes, query_row(to.query, p_.depth, i), p_.depth,
                           lanes(), count);
           multiply_add<T>(slopes.from(0, first), {queries.get() + pixel * p_.depth, p_.depth},
@@ -232,77 +239,89 @@ class Walk {
           multiply_add<T>(weights.from(0, first), {grad_out.get() + pixel * p_.channels, p_.channels},
                           key_row(to.values, p_.channels, i).from(rows.begin, 0), count, p_.channels, columns);
         },
-        [&](int64_t i) {
+        [&](int64_t i, Rows rows) {
           T* sums = to.products + chain_->key_row(i) * width();
-          for (int64_t l = 0; l < width(); ++l)
+          for (int64_t l = rows.begin; l < rows.end; ++l)
             sums[l] += at::vec::vec_reduce_all<T>([](Vec<T> a, Vec<T> b) { return a + b; },
                                                   Vec<T>::loadu(products_.get() + l * Vec<T>::size()));
         });
   }
 
  private:
-  static constexpr int64_t kChunk = 32;  // rows, a multiple of the products' block of rows
+  static constexpr int64_t kPiece = 32;  // rows, a multiple of the products' blocks
 
-  DiagonalBox<T> box() const { return {p_.radius, p_.most_rows(), p_.most_lanes()}; }
+  DiagonalBox<T> box() const { return {p_.radius, p_.most_rows(), p_.most_lanes(), piece_}; }
 
   void enter(const Chain& chain) {
-    chain_ = &chain;
-    if (band_ == &p_.bands[chain.band] && level_ == &p_.levels[chain.level]) return;
-    band_ = &p_.bands[chain.band], level_ = &p_.levels[chain.level];
-    for (DiagonalBox<T>* b : {&scores_, &slopes_of_weights_, &weights_, &slopes_}) b->resize(width());
+    chain_ = &chain, band_ = &p_.bands[chain.band], level_ = &p_.levels[chain.level];
+    for (DiagonalBox<T>* b : {&scores_, &slopes_of_weights_, &weights_, &slopes_}) b->start_chain(width(), lanes());
   }
 
-  // Along the chain: produce(i, rows) fills rows of the inputs of step i, the sums around every step i go to
-  // the consumer consume(i), which fills the inputs of the second filters, if there are any; their sums go
-  // to `targets`, of which emit(i, rows) uses the rows that are not zero. consumed(i) follows each consumer.
-  // A tile goes through all of this in chunks of rows, which stay in L1; filters run behind their inputs.
-  template <size_t kFirst, size_t kSecond = 0, typename Produce, typename Consume, typename Emit, typename Consumed>
-  void along(const std::array<DiagonalBox<T>*, kFirst>& first, Produce produce, Consume consume,
-             const std::array<DiagonalBox<T>*, kSecond>& second, const std::array<T*, kSecond>& targets, Emit emit,
+  // Along the chain: produce(i, rows) makes rows of the inputs of step i. The sums around every step i go to the
+  // consumer consume(i, rows), which makes rows of the inputs of the second filters, if there are any; then
+  // consumed(i, rows) is called. The second sums around step i go to emit(i, rows, those rows of the sums),
+  // unless they are zero.
+  template <size_t kFirst, size_t kSecond, typename Produce, typename Consume, typename Emit, typename Consumed>
+  void along(const std::array<DiagonalBox<T>*, kFirst>& first, const std::array<DiagonalBox<T>*, kSecond>& second,
+             const std::array<const Scratch<T>*, kSecond>& mixed_pieces, Produce produce, Consume consume, Emit emit,
              Consumed consumed) {
+    constexpr int kFilters = kSecond ? 2 : 1;
     const int64_t length = chain_->length, radius = p_.radius;
-    for (auto* b : first) b->start_chain();
-    for (auto* b : second) b->start_chain();
-    for (int64_t step = 0; step < length + radius * (kSecond ? 2 : 1); ++step) {
+    for (int64_t step = 0; step < length + radius * kFilters; ++step) {
       const int64_t centre = step - radius, second_centre = centre - radius;
-      const bool is_centre = centre >= 0 && centre < length;
-      for (auto* b : first) b->advance(step < length);
+      const bool comes = step < length, is_centre = centre >= 0 && centre < length;
+      for (auto* b : first) b->start_tile(comes);
       for (auto* b : second)
-        if (centre >= 0) b->advance(is_centre);
-      auto consumer = consume(is_centre ? centre : 0);
-      Store<T, kSecond> store{targets};
-      Rows made, filtered, mixed;  // the chunk's
+        if (centre >= 0) b->start_tile(is_centre);
+      Rows made, filtered, mixed, matter;
       while (made.end < width()) {
-        made = {made.end, std::min(made.end + kChunk, width())};
-        if (step < length) produce(step, made);
-        filtered = {filtered.end, made.end == width() ? width() : made.end - radius};
-        if (is_centre) filter<kRadius, T, kFirst>(first, filtered, lanes(), consumer);
-        else if (centre < 0) keep<kRadius, T, kFirst>(first, filtered, lanes());
+        // The first piece is longer, so that the later filters get whole pieces.
+        made = {made.end, std::min(made.end + kPiece + (made.end ? 0 : kFilters * radius), width())};
+        const bool is_last = made.end == width();
+        if (comes) {
+          produce(step, made);
+          if (is_last)
+            for (auto* b : first) b->end_tile();
+        }
+        filtered = {filtered.end, is_last ? width() : made.end - radius};
+        if (centre < 0) keep<kRadius, T, kFirst>(first, filtered, lanes());
+        if (is_centre) {
+          auto consumer = consume(centre, filtered);
+          filter<kRadius, T, kFirst>(first, filtered, lanes(), consumer);
+          consumed(centre, filtered);
+          matter.add(consumer.matter);
+          if (is_last)
+            for (auto* b : second) b->end_tile();
+        }
         if constexpr (kSecond > 0) {
-          mixed = {mixed.end, made.end == width() ? width() : filtered.end - radius};
-          if (second_centre >= 0) filter<kRadius, T, kSecond>(second, mixed, lanes(), store);
-          else if (centre >= 0) keep<kRadius, T, kSecond>(second, mixed, lanes());
+          mixed = {mixed.end, is_last ? width() : filtered.end - radius};
+          if (centre >= 0 && second_centre < 0) keep<kRadius, T, kSecond>(second, mixed, lanes());
+          if (second_centre >= 0) {
+            Store<T, kSecond> store;
+            for (size_t b = 0; b < kSecond; ++b) store.targets[b] = mixed_pieces[b]->get() - mixed.begin * row_;
+            filter<kRadius, T, kSecond>(second, mixed, lanes(), store);
+            const Rows rows = second[0]->sums(matter, mixed);
+            if (rows.empty()) continue;
+            std::array<Matrix<const T>, kSecond> sums;
+            for (size_t b = 0; b < kSecond; ++b) sums[b] = {store.targets[b] + rows.begin * row_, row_};
+            emit(second_centre, rows, sums);
+          }
         }
       }
-      if (is_centre) consumed(centre);
-      if constexpr (kSecond > 0) {
-        if (is_centre)
-          for (auto* b : second) b->settle(consumer.matter);
-        const Rows rows = second[0]->sums();
-        if (second_centre >= 0 && !rows.empty()) emit(second_centre, rows);
-      }
+      if (is_centre)
+        for (auto* b : second) b->settle(matter);
     }
   }
 
   template <size_t kFirst, size_t kSecond, typename Produce, typename Consume, typename Emit>
-  void along(const std::array<DiagonalBox<T>*, kFirst>& first, Produce produce, Consume consume,
-             const std::array<DiagonalBox<T>*, kSecond>& second, const std::array<T*, kSecond>& targets, Emit emit) {
-    along<kFirst, kSecond>(first, produce, consume, second, targets, emit, [](int64_t) {});
+  void along(const std::array<DiagonalBox<T>*, kFirst>& first, const std::array<DiagonalBox<T>*, kSecond>& second,
+             const std::array<const Scratch<T>*, kSecond>& mixed_pieces, Produce produce, Consume consume, Emit emit) {
+    along<kFirst, kSecond>(first, second, mixed_pieces, produce, consume, emit, [](int64_t, Rows) {});
   }
 
   template <size_t kFirst, typename Produce, typename Consume>
   void along(const std::array<DiagonalBox<T>*, kFirst>& first, Produce produce, Consume consume) {
-    along<kFirst, 0>(first, produce, consume, {}, {}, [](int64_t, Rows) {});
+    along<kFirst, 0>(first, {}, {}, produce, consume, [](int64_t, Rows, const auto&) {});
   }
 
   void multiply_scores(int64_t i, Rows rows) {
@@ -316,13 +335,8 @@ class Walk {
 
   // Rows of the tile of products of keys or values and the query image's features.
   void multiply_rows(Matrix<const T> pixels, const T* features, int64_t channels, DiagonalBox<T>& box, int64_t i, Rows rows) {
-    multiply<T>(pixels.from(rows.begin, 0), query_row(features, channels, i), {box.input() + rows.begin * row_, row_},
-                rows.end - rows.begin, lanes(), channels);
-  }
-
-  // Asks for what step i + 1 reads, where there is one.
-  Prefetch next(Matrix<const T> tile, int64_t rows, int64_t columns, int64_t calls, int64_t i) const {
-    return i + 1 < chain_->length ? Prefetch(tile, rows, columns, calls) : Prefetch();
+    multiply<T>(pixels.from(rows.begin, 0), query_row(features, channels, i),
+                {box.rows_from(rows.begin) + rows.begin * row_, row_}, rows.count(), lanes(), channels);
   }
 
   int64_t width() const { return level_->width; }  // rows of a tile
@@ -343,16 +357,14 @@ class Walk {
   Matrix<const T> values(int64_t i) const { return key_row<const T>(level_->values.get(), p_.channels, i); }
   const T* factors(int64_t i) const { return level_->factors.get() + chain_->key_row(i) * width(); }
 
-  Matrix<const T> mixed(const Scratch<T>& tile, Rows rows) const { return {tile.get() + rows.begin * row_, row_}; }
-
   const Problem<T>& p_;
-  int64_t row_;
+  int64_t row_, piece_;
   const Chain* chain_ = nullptr;
   const Band* band_ = nullptr;
   const Level<T>* level_ = nullptr;
-  DiagonalBox<T> scores_, slopes_of_weights_;  // products q k and do v, of which dP is the sum
+  DiagonalBox<T> scores_, slopes_of_weights_;  // products q k, and do v, of which dP is the sum
   DiagonalBox<T> weights_, slopes_;            // P and dS
-  Scratch<T> mixed_weights_, mixed_slopes_;    // filtered
+  Scratch<T> mixed_weights_, mixed_slopes_;    // a piece of each, filtered
   Scratch<T> products_;
 };
 
