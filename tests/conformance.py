@@ -161,13 +161,15 @@ def assert_every_element_is_written(problem: Problem, backend: str) -> None:
         assert x.isfinite().all(), name
 
 
-def assert_reproducible(problem: Problem, backend: str) -> None:
-    """The same bits in every run and, on the CPU, with any number of threads."""
+def assert_reproducible(problem: Problem, backend: str, across_threads: bool = True) -> None:
+    """The same bits in every run; on the CPU also with any number of threads, or, if not, with each."""
     first, threads = evaluate(problem, backend), torch.get_num_threads()
     for count in (threads, 1, 2) if backend == "cpu" else (threads,):
         torch.set_num_threads(count)
         try:
             again = evaluate(problem, backend)
+            if not across_threads:
+                first, again = again, evaluate(problem, backend)
         finally:
             torch.set_num_threads(threads)
         for name, x in first.items():

@@ -238,10 +238,11 @@ def test_every_element_is_written(backend, case):
 )
 def test_results_are_bitwise_reproducible(backend, dtype):
     case = TINY if backend in INTERPRETED else Case((2, 8, 9, 24, 23), pyramid(24, 23))
-    assert_reproducible(build(replace(case, dtype=dtype)), backend)
+    assert_reproducible(build(replace(case, dtype=dtype)), backend, across_threads=False)
 
 
 def test_results_are_right_with_any_number_of_threads():
+    """Which part the sums that go over tiles of queries."""
     if "cpu" not in BACKENDS:
         pytest.skip("no compiled library")
     threads = torch.get_num_threads()
