@@ -79,8 +79,8 @@ class Call:
         self.precision = precision(x.dtype, length)
         self.gradient_dtype, self.gradient_precision = computed_operand(x.dtype, length)
         self.tiles = tiles_for(x, self.dtype, patch_size**2 * padded_channels(depth))
-        if self.gradient_dtype != self.dtype:  # whose operands need the registers of patches at hand
-            self.tiles["gradient"] = replace(self.tiles["gradient"], keeps=False)
+        if self.gradient_dtype != self.dtype:  # whose operands take twice the registers
+            self.tiles["gradient"] = replace(self.tiles["gradient"], owned=64, chunk=32, keeps=False)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty((self.batch, *shape), dtype=dtype, device=self.device)

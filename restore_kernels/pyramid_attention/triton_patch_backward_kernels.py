@@ -6,17 +6,19 @@ import triton
 import triton.language as tl
 
 from restore_kernels.pyramid_attention.triton_patch_kernels import (
+    SIZES,
     add_mixture,
     owned_patches,
     owned_rows,
     patch_corners,
     patch_products,
+    scores_of,
     store_sums,
 )
 from restore_kernels.triton_common.tiles import to_operand
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pyramid_row_sums_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, scales_ptr, log_sum_exp_ptr, row_sums_ptr,
     grad_stride, q_stride, k_stride, v_stride, width, queries, key_width, keys,
@@ -42,8 +44,7 @@ def pyramid_row_sums_kernel(
         products = patch_products(
             q, k_ptr, key_corners, key_width, BLOCK_N, DEPTH, PATCH, LARGE_D, SMALL_D, PRECISION
         )
-        scores = products * tl.load(scales_ptr + key)[None, :]
-        scores = tl.where((offs_m < keys)[None, :], scores, float("-inf"))
+        scores = scores_of(products, tl.load(scales_ptr + key), offs_m < keys)
         grad_p = patch_products(
             grad, v_ptr, key_corners, key_width, BLOCK_N, WIDTH, PATCH, LARGE_E, SMALL_E, PRECISION
         )
@@ -52,7 +53,7 @@ def pyramid_row_sums_kernel(
     tl.store(row_sums_ptr + offsets, row_sums, mask=offs_n < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pyramid_grad_query_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, scales_ptr, log_sum_exp_ptr, row_sums_ptr, sums_ptr,
     grad_stride, q_stride, k_stride, v_stride, width, queries, key_width, keys,
@@ -89,14 +90,14 @@ def pyramid_grad_query_kernel(
         products = patch_products(
             q, k_ptr, key_corners, key_width, BLOCK_N, DEPTH, PATCH, LARGE_D, SMALL_D, PRECISION
         )
-        scales = tl.load(scales_ptr + key)[None, :]
-        scores = tl.where((offs_m < keys)[None, :], products * scales, float("-inf"))
+        scales = tl.load(scales_ptr + key)
+        scores = scores_of(products, scales, offs_m < keys)
         weights = tl.exp(scores - log_sum_exp[:, None])
         grad_p = patch_products(
             grad, v_ptr, key_corners, key_width, BLOCK_N, WIDTH, PATCH, LARGE_E, SMALL_E, PRECISION
         )
         weights = to_operand(
-            weights * (out_scale * grad_p - row_sums[:, None]) * scales, GRADIENT, GRADIENT_PRECISION
+            weights * (out_scale * grad_p - row_sums[:, None]) * scales[None, :], GRADIENT, GRADIENT_PRECISION
         )
         large = add_mixture(
             large, weights, k_ptr, key_corners, key_width, first, DEPTH, PATCH, EXACT, GRADIENT_PRECISION
@@ -111,7 +112,7 @@ def pyramid_grad_query_kernel(
         store_sums(sums_ptr, small, offs_n, queries, first + LARGE, LENGTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pyramid_grad_key_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, scales_ptr, norms_ptr, log_sum_exp_ptr, row_sums_ptr,
     sums_ptr, radial_ptr, grad_stride, q_stride, k_stride, v_stride, width, queries, key_width, keys,
@@ -151,7 +152,7 @@ def pyramid_grad_key_kernel(
         products = patch_products(
             k, q_ptr, query_corners, width, BLOCK_N, DEPTH, PATCH, LARGE_D, SMALL_D, PRECISION
         )
-        scores = products * scales[:, None]
+        scores = tl.where(scales[:, None] == 0, 0.0, products * scales[:, None])  # as in scores_of
         weights = tl.exp(scores - tl.load(log_sum_exp_ptr + query)[None, :])
         weights = tl.where((offs_m < queries)[None, :], weights, 0.0)
         grad_p = patch_products(
@@ -177,7 +178,7 @@ def pyramid_grad_key_kernel(
     tl.store(radial_ptr + (batch * splits + split) * keys + offs_n, radial, mask=in_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pyramid_grad_value_kernel(
     grad_ptr, q_ptr, k_ptr, scales_ptr, selector_ptr, sums_ptr,
     grad_stride, q_stride, k_stride, width, queries, key_width, keys,
@@ -217,7 +218,8 @@ def pyramid_grad_value_kernel(
             products = patch_products(
                 k, q_ptr, query_corners, width, BLOCK_N, DEPTH, PATCH, LARGE_D, SMALL_D, PRECISION
             )
-            weights = tl.exp(products * scales[:, None] - selector)
+            scores = tl.where(scales[:, None] == 0, 0.0, products * scales[:, None])
+            weights = tl.exp(scores - selector)
         weights = tl.where((offs_m < queries)[None, :], weights, 0.0)
         is_used = True
         if HARD:
@@ -229,17 +231,9 @@ def pyramid_grad_value_kernel(
             )
             if SMALL > 0:
                 small = add_mixture(
-                    small,
-                    weights,
-                    grad_ptr,
-                    query_corners,
-                    width,
-                    first + LARGE,
-                    WIDTH,
-                    PATCH,
-                    EXACT,
+                    small, weights, grad_ptr, query_corners, width, first + LARGE, WIDTH, PATCH, EXACT,
                     PRECISION,
-                )
+                )  # fmt: skip
     store_sums(sums_ptr, large, offs_n, keys, first, LENGTH)
     if SMALL > 0:
         store_sums(sums_ptr, small, offs_n, keys, first + LARGE, LENGTH)

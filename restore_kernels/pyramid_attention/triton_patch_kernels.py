@@ -50,6 +50,9 @@ import triton.language as tl
 from restore_kernels.triton_common.tiles import load_tile, store_tile
 from restore_kernels.triton_common.token_tiles import LARGEST
 
+# Levels come in all sizes: no kernel is compiled anew for one that is 1 or a multiple of 16.
+SIZES = ("height", "width", "queries", "key_width", "keys", "first_key", "splits", "tiles_per_split")
+
 
 @triton.jit
 def patch_corners(pixels, width, PATCH: tl.constexpr):
@@ -130,6 +133,14 @@ def patch_products(
 
 
 @triton.jit
+def scores_of(products, scales, is_key):
+    """Scores of the products: -inf where there is no key, 0 where its norm overflows, as they may have."""
+    otherwise = tl.where(is_key, 0.0, float("-inf"))[None, :]
+    scales = tl.where(is_key, scales, 0.0)[None, :]
+    return tl.where(scales == 0, otherwise, products * scales)
+
+
+@triton.jit
 def add_mixture(
     sums, weights, ptr, corners, width, first,
     CHANNELS: tl.constexpr, PATCH: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -141,12 +152,15 @@ def add_mixture(
 
 @triton.jit
 def store_sums(ptr, sums, offs_n, rows, first, LENGTH: tl.constexpr):
+    """Writes the owned rows' sums of numbers from first on; offsets within a tile are 32-bit."""
+    start = tl.program_id(0) % tl.cdiv(rows, sums.shape[0]) * sums.shape[0]  # offs_n[0], see owned_rows
     columns = first + tl.arange(0, sums.shape[1])
     mask = (offs_n < rows)[:, None] & (columns < LENGTH)[None, :]
-    tl.store(ptr + offs_n.to(tl.int64)[:, None] * LENGTH + columns[None, :], sums, mask=mask)
+    offsets = tl.arange(0, sums.shape[0])[:, None] * LENGTH + columns[None, :]
+    tl.store(ptr + start.to(tl.int64) * LENGTH + offsets, sums, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_norms_kernel(
     k_ptr, norms_ptr, scales_ptr, k_stride, key_width, keys, softmax_scale, eps,
     CHANNELS: tl.constexpr, PATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -185,7 +199,7 @@ def owned_rows(rows, width, splits, parts, BLOCK_N: tl.constexpr, PATCH: tl.cons
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pyramid_statistics_kernel(
     q_ptr, k_ptr, scales_ptr, largest_ptr, result_ptr,
     q_stride, k_stride, width, queries, key_width, keys, first_key, splits, tiles_per_split,
@@ -212,8 +226,7 @@ def pyramid_statistics_kernel(
         products = patch_products(
             q, k_ptr, key_corners, key_width, BLOCK_N, DEPTH, PATCH, LARGE_D, SMALL_D, PRECISION
         )
-        scores = products * tl.load(scales_ptr + key)[None, :]
-        scores = tl.where((offs_m < keys)[None, :], scores, float("-inf"))
+        scores = scores_of(products, tl.load(scales_ptr + key), offs_m < keys)
         highest = tl.max(scores, axis=1)
         if HARD:
             at = tl.min(tl.where(scores == highest[:, None], offs_m[None, :], keys), axis=1)
@@ -232,7 +245,7 @@ def pyramid_statistics_kernel(
         tl.store(result_ptr + offsets, largest + tl.log(total), mask=in_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pyramid_mixture_kernel(
     q_ptr, k_ptr, v_ptr, scales_ptr, selector_ptr, sums_ptr,
     q_stride, k_stride, v_stride, width, queries, key_width, keys, first_key, splits, tiles_per_split, parts,
@@ -242,7 +255,7 @@ def pyramid_mixture_kernel(
 ):  # fmt: skip
     """A program owns BLOCK_N queries, LARGE + SMALL numbers of their patches and a split of the keys.
 
-    It adds the share of a level to sums (B, splits, H * W, PATCH² * WIDTH). The selector is
+    It writes a level's share to sums (B, splits, H * W, PATCH² * WIDTH). The selector is
     log_sum_exp or, with HARD, the index of every query.
     """
     LENGTH: tl.constexpr = PATCH * PATCH * WIDTH
@@ -273,8 +286,7 @@ def pyramid_mixture_kernel(
             products = patch_products(
                 q, k_ptr, key_corners, key_width, BLOCK_N, DEPTH, PATCH, LARGE_D, SMALL_D, PRECISION
             )
-            scores = products * tl.load(scales_ptr + key)[None, :]
-            scores = tl.where((offs_m < keys)[None, :], scores, float("-inf"))
+            scores = scores_of(products, tl.load(scales_ptr + key), offs_m < keys)
             weights = tl.exp(scores - selector[:, None])
             is_used = True
         weights = weights.to(v_ptr.dtype.element_ty)
@@ -284,23 +296,15 @@ def pyramid_mixture_kernel(
             )
             if SMALL > 0:
                 small = add_mixture(
-                    small,
-                    weights,
-                    v_ptr,
-                    key_corners,
-                    key_width,
-                    first + LARGE,
-                    WIDTH,
-                    PATCH,
-                    EXACT,
+                    small, weights, v_ptr, key_corners, key_width, first + LARGE, WIDTH, PATCH, EXACT,
                     PRECISION,
-                )
+                )  # fmt: skip
     store_sums(sums_ptr, large, offs_n, queries, first, LENGTH)
     if SMALL > 0:
         store_sums(sums_ptr, small, offs_n, queries, first + LARGE, LENGTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def fold_patches_kernel(
     sums_ptr, total_ptr, radial_ptr, k_ptr, out_ptr, k_stride, out_stride,
     height, width, channels, splits, factor,
