@@ -98,12 +98,12 @@ void forward(const Tensor& query, TensorList keys, TensorList values, const Sett
 // Writes the gradient of a level's keys: the tasks' shares, less what changes the norms of the patches.
 template <typename T>
 void write_keys(const Shares<T>& shares, const Shares<T>& shares_of_products, const Level<T>& level, int64_t channels,
-                int64_t radius, T eps, const Tensor& grad, int64_t b) {
+                int64_t radius, const Tensor& grad, int64_t b) {
   Scratch<T> through_norms(level.pixels());
   add_up(shares_of_products.all(0), 0, level.pixels(), T(1), through_norms.get());
   for (int64_t l = 0; l < level.pixels(); ++l) {
     const T square = level.squares.get()[l];
-    through_norms.get()[l] = square > eps * eps ? through_norms.get()[l] / square : T(0);
+    through_norms.get()[l] = square > level.eps * level.eps ? through_norms.get()[l] / square : T(0);
   }
   const Scratch<T> of_pixels = box_sums(through_norms.get(), level.height, level.width, radius);
   const auto all = shares.all(0);
@@ -114,7 +114,8 @@ void write_keys(const Shares<T>& shares, const Shares<T>& shares_of_products, co
     const T* keys = level.keys.get() + y * size;
     for (int64_t x = 0; x < level.width; ++x)
       for (int64_t c = 0; c < channels; ++c)
-        row.get()[x * channels + c] -= of_pixels.get()[y * level.width + x] * keys[x * channels + c];
+        row.get()[x * channels + c] =
+            (row.get()[x * channels + c] - of_pixels.get()[y * level.width + x] * keys[x * channels + c]) / level.unit;
     store_row<T>({row.get(), 1, channels}, grad, b, y, 0, level.width);
   });
 }
@@ -177,7 +178,7 @@ void backward(const Tensor& grad_out, const Tensor& query, TensorList keys, Tens
                         of_products.of(task, 0, level.pixels())});
       }
     });
-    write_keys(of_keys, of_products, level, p.depth, p.radius, T(settings.eps), grad_keys[i], b);
+    write_keys(of_keys, of_products, level, p.depth, p.radius, grad_keys[i], b);
     write_values(of_values, level, p.channels, out_scale, grad_values[i], b);
   }
   write_bands(of_query, p, T(1), grad_query, b);

@@ -27,20 +27,28 @@ constexpr T kNegligible = -(std::numeric_limits<T>::digits + 40) * T(0.693147180
 // exp(x) for x up to about 0; 0 where x is negligible.
 template <typename T>
 inline Vec<T> weight(Vec<T> x) {
-  return Vec<T>::blendv(Vec<T>(T(0)), x.exp(), x >= Vec<T>(kNegligible<T>));
+  return Vec<T>::blendv(x.exp(), Vec<T>(T(0)), x < Vec<T>(kNegligible<T>));
 }
 
-enum class Is { kAbove, kAtLeast };
-
-// Whether any lane of a is above, or at least, that of b.
-template <Is is, typename T>
-inline bool any(Vec<T> a, Vec<T> b) {
+// Whether any lane of a is not below that of b: above, equal, or not a number.
+template <typename T>
+inline bool any_not_below(Vec<T> a, Vec<T> b) {
 #if defined(CPU_CAPABILITY_AVX512)
-  constexpr int compare = is == Is::kAbove ? _CMP_GT_OQ : _CMP_GE_OQ;
-  if constexpr (std::is_same_v<T, float>) return _mm512_cmp_ps_mask(a, b, compare) != 0;
-  else return _mm512_cmp_pd_mask(a, b, compare) != 0;
+  if constexpr (std::is_same_v<T, float>) return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ) != 0;
+  else return _mm512_cmp_pd_mask(a, b, _CMP_NLT_UQ) != 0;
 #else
-  return (is == Is::kAbove ? a > b : a >= b).zero_mask() != (1 << Vec<T>::size()) - 1;
+  return (a < b).zero_mask() != 0;
+#endif
+}
+
+// Whether any lane of a is above that of b.
+template <typename T>
+inline bool any_above(Vec<T> a, Vec<T> b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+  else return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ) != 0;
+#else
+  return (a > b).zero_mask() != (1 << Vec<T>::size()) - 1;
 #endif
 }
 
@@ -58,11 +66,11 @@ inline Vec<float> weight(Vec<float> x) {
     p = at::vec::fmadd(p, r, Vec<float>(c));
 #if defined(CPU_CAPABILITY_AVX512)
   const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(sum), 23);
-  const __mmask16 matters = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kNegligible<float>), _CMP_GE_OQ);
+  const __mmask16 matters = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kNegligible<float>), _CMP_NLT_UQ);
   return _mm512_castsi512_ps(_mm512_maskz_add_epi32(matters, _mm512_castps_si512(p), exponent));
 #else
   const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(sum), 23);
-  const __m256 matters = _mm256_cmp_ps(x, _mm256_set1_ps(kNegligible<float>), _CMP_GE_OQ);
+  const __m256 matters = _mm256_cmp_ps(x, _mm256_set1_ps(kNegligible<float>), _CMP_NLT_UQ);
   return _mm256_and_ps(matters, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent)));
 #endif
 }

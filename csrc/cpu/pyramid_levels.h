@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "tile_gemm.h"
@@ -89,24 +90,36 @@ struct Band {
   int64_t lanes;           // columns, up to a whole number of vectors
 };
 
-// As few bands as keep the tiles, all keys of a row wide, in the cache.
 template <typename T>
-std::vector<Band> bands(int64_t width, int64_t widest_row_of_keys, int64_t radius) {
-  constexpr int64_t kTileBytes = 56 * 1024, kPanel = 3 * Vec<T>::size();
-  const int64_t halo = 2 * radius;
-  const int64_t most = std::max<int64_t>(kTileBytes / static_cast<int64_t>(sizeof(T)) / (widest_row_of_keys + 2 * radius) / kPanel, 1) * kPanel;
-  int64_t count = 1;
-  if (width > most) count = (width + std::max<int64_t>(most - 2 * halo, 1) - 1) / std::max<int64_t>(most - 2 * halo, 1);
-  std::vector<Band> result;
+std::vector<Band> equal_bands(int64_t width, int64_t count, int64_t halo) {
+  std::vector<Band> bands;
   for (int64_t i = 0; i < count; ++i) {
     Band band;
     band.begin = i * width / count, band.end = (i + 1) * width / count;
     band.left = std::max<int64_t>(band.begin - halo, 0);
     band.columns = std::min(band.end + halo, width) - band.left;
     band.lanes = whole_vectors<T>(band.columns);
-    result.push_back(band);
+    bands.push_back(band);
   }
-  return result;
+  return bands;
+}
+
+// About as few bands as keep the tiles, all keys of a row high, in the cache; of these numbers, the one with
+// the fewest lanes in all.
+template <typename T>
+std::vector<Band> bands(int64_t width, int64_t widest_row_of_keys, int64_t radius) {
+  constexpr int64_t kTile = 320 * 1024 / sizeof(T), kFewestLanes = 48;
+  const int64_t halo = 2 * radius, most = std::max(kTile / widest_row_of_keys, kFewestLanes);
+  const int64_t fewest = width <= most ? 1 : (width + most - 2 * halo - 1) / (most - 2 * halo);
+  std::vector<Band> best;
+  int64_t best_lanes = 0;
+  for (int64_t count = fewest; count <= std::min(fewest + 3, width); ++count) {
+    std::vector<Band> candidate = equal_bands<T>(width, count, halo);
+    int64_t lanes = 0;
+    for (const Band& band : candidate) lanes += band.lanes;
+    if (best.empty() || lanes < best_lanes) best = candidate, best_lanes = lanes;
+  }
+  return best;
 }
 
 // The rows of an image within a band, each C x lanes; zeros beyond the image.
@@ -142,25 +155,39 @@ Scratch<T> box_sums(const T* x, int64_t height, int64_t width, int64_t radius) {
 template <typename T>
 struct Level {
   int64_t height, width, first;  // position of its first pixel among those of all levels
-  Scratch<T> keys, values;       // pixel-major
+  Scratch<T> keys, values;       // pixel-major; keys divided by `unit`
+  T unit, eps;                   // eps divided by `unit`
   Scratch<T> squares;            // of the norm of every key patch
   Scratch<T> factors;            // softmax_scale / max(norm, eps)
 
   Level(const Tensor& key, const Tensor& value, int64_t b, int64_t first, int64_t radius, T scale, T eps)
       : height(key.size(2)), width(key.size(3)), first(first), keys(pixel_major<T>(key, b)),
-        values(pixel_major<T>(value, b)), squares(patch_squares(keys.get(), key, radius)), factors(height * width) {
-    for (int64_t l = 0; l < height * width; ++l)
-      factors.get()[l] = scale / std::max(std::sqrt(squares.get()[l]), eps);
+        values(pixel_major<T>(value, b)), unit(extract_unit(keys.get(), pixels() * key.size(1))), eps(eps / unit),
+        squares(patch_squares(key.size(1), radius)), factors(pixels()) {
+    for (int64_t l = 0; l < pixels(); ++l)
+      factors.get()[l] = scale / std::max(std::sqrt(squares.get()[l]), this->eps);
   }
 
   int64_t pixels() const { return height * width; }
 
  private:
-  static Scratch<T> patch_squares(const T* keys, const Tensor& key, int64_t radius) {
-    const int64_t channels = key.size(1), height = key.size(2), width = key.size(3);
-    Scratch<T> squares(height * width);
-    std::fill_n(squares.get(), height * width, T(0));
-    add_squares<T>({keys, channels}, squares.get(), height * width, channels);
+  // A power of two by which keys are divided whose squares could leave the range of T; scores are of
+  // normalised patches and do not depend on it.
+  static T extract_unit(T* keys, int64_t count) {
+    T largest = 0;
+    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(keys[i]));
+    constexpr int kSafe = std::numeric_limits<T>::max_exponent / 4;
+    const int exponent = largest > 0 && std::isfinite(largest) ? std::ilogb(largest) : 0;
+    if (std::abs(exponent) < kSafe) return T(1);
+    const T unit = std::ldexp(T(1), exponent);
+    for (int64_t i = 0; i < count; ++i) keys[i] /= unit;
+    return unit;
+  }
+
+  Scratch<T> patch_squares(int64_t channels, int64_t radius) const {
+    Scratch<T> squares(pixels());
+    std::fill_n(squares.get(), pixels(), T(0));
+    add_squares<T>({keys.get(), channels}, squares.get(), pixels(), channels);
     return box_sums(squares.get(), height, width, radius);
   }
 };

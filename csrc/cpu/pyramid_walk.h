@@ -27,7 +27,7 @@ struct Statistics : Consumer {
 
   void operator()(State& state, int64_t row, int64_t, const std::array<Vec<T>, 1>& sums) const {
     const Vec<T> score = sums[0] * Vec<T>(factors[row]);
-    if (any<Is::kAbove>(score, state.largest)) {  // seldom: the more tiles have been seen, the less often
+    if (any_above(score, state.largest)) {  // seldom: the more tiles have been seen, the less often
       const Vec<T> now = at::vec::maximum(score, state.largest);
       state.sum = state.sum * weight(state.largest - now);
       state.largest = now;
@@ -57,7 +57,7 @@ struct Best : Consumer {
 
   void operator()(State& state, int64_t row, int64_t, const std::array<Vec<T>, 1>& sums) const {
     const Vec<T> score = sums[0] * Vec<T>(factors[row]);
-    if (!any<Is::kAtLeast>(score, state.largest)) return;
+    if (!any_not_below(score, state.largest)) return;
     T scores[Vec<T>::size()];
     score.store(scores);
     for (int64_t i = 0, lane = state.lane; i < Vec<T>::size(); ++i, ++lane)
@@ -75,7 +75,7 @@ struct Matter {
   Rows rows;
 
   void see(Vec<T> logarithms, int64_t row) {
-    if (!any<Is::kAtLeast>(logarithms, Vec<T>(kNegligible<T>))) return;
+    if (!any_not_below(logarithms, Vec<T>(kNegligible<T>))) return;
     if (rows.empty()) rows.begin = row;
     rows.end = row + 1;
   }
