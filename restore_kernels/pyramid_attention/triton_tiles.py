@@ -70,10 +70,10 @@ _TILES = {
 }
 _TILES_OF_LONG_PATCHES = {
     True: {
-        "statistics": Tile(128, 64, 8, 64),
+        "statistics": Tile(64, 64, 8, 32),
         "selection": Tile(64, 32, 8, 64, (256, 32)),
-        "row_sums": Tile(128, 64, 8, 64),
-        **dict.fromkeys(("mixture", "gradient"), Tile(128, 32, 8, 64, (128, 64))),
+        "row_sums": Tile(64, 32, 8, 32),
+        **dict.fromkeys(("mixture", "gradient"), Tile(64, 32, 8, 32, (128, 64))),
     },
     False: {
         "statistics": Tile(64, 64, 4, 64),
