@@ -15,6 +15,8 @@ START, END = "<!-- results: python benchmarks/tables.py -->", "<!-- end of resul
 def tables() -> str:
     results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))]
     parts = [table(result) for result in results]
+    photos = sorted((ROOT / "benchmarks/results/whole_photo").glob("*.json"))
+    parts += [photo_table(json.loads(path.read_text())) for path in photos]
     if not any(result["machine"]["gpu"] for result in results):
         parts.append("**NVIDIA GPU**: not measured. `make gpu` measures it.")
     return "\n\n".join(parts)
@@ -77,6 +79,18 @@ def growth_table(rows: list[dict[str, Any]]) -> list[str]:
             )
         lines += [f"| {case} | {name} | wrong: {why} | | |" for name, why in row["wrong"].items()]
     return lines
+
+
+def photo_table(result: dict[str, Any]) -> str:
+    """What benchmarks/whole_photo.py measured."""
+    lines = [
+        f"**{result['processor']}, {result['threads']} threads**, whole photos, float32:",
+        "",
+        "| case | time | extra memory |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {row['case']} | {row['seconds']:.1f} s | {memory(row)} |" for row in result["rows"]]
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -25,10 +25,12 @@ def empty_like_rows(x: Tensor, rows: tuple[int, ...]) -> Tensor:
     return x.new_empty((batch, *rows, pixels))
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last where the pixels of the image x (B, C, H, W) are channels side by side."""
+    return torch.channels_last if x.stride(1) == 1 and x.stride(3) > 1 else torch.contiguous_format
+
+
 def empty_image(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     """Uninitialised (B, channels, *size) in the dtype and memory format of the image x."""
-    pixel_major = x.stride(1) == 1 and x.stride(3) > 1
-    return torch.empty(
-        (x.shape[0], channels, *size), dtype=x.dtype, device=x.device,
-        memory_format=torch.channels_last if pixel_major else torch.contiguous_format,
-    )  # fmt: skip
+    shape = (x.shape[0], channels, *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))

@@ -112,8 +112,9 @@ def test_memory_layouts(backend, case):
 def test_results_keep_the_memory_format(backend):
     """Of the image that each is like: channels_last where it is."""
     places = ("channels_last", "contiguous", "channels_last_slice")
-    result = evaluate(build(replace(TINY, arrangements=places)), backend)
-    for name, x in result.items():
+    problem = build(replace(TINY, arrangements=places))
+    assert evaluate(problem, "eager")["out"].is_contiguous(memory_format=torch.channels_last)
+    for name, x in evaluate(problem, backend).items():
         is_last = not name.startswith("grad_keys")
         assert x.is_contiguous(memory_format=torch.channels_last) == is_last, name
 

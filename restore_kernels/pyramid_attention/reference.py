@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from restore_kernels.tensors import accumulate_dtype
+from restore_kernels.tensors import accumulate_dtype, memory_format
 
 
 def patches(x: Tensor, size: int) -> Tensor:
@@ -51,4 +51,4 @@ def pyramid_attention(
     else:
         probabilities = scores(query_, keys_, patch_size, softmax_scale, eps).softmax(dim=2)
     out = overlap_add(probabilities, values_, patch_size, query.shape[2:]) * out_scale
-    return out.to(query.dtype)
+    return out.to(query.dtype, memory_format=memory_format(query))
