@@ -4,7 +4,7 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/cpu/*)
 
 .PHONY: demo test lint bench gpu clean
 
