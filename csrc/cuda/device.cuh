@@ -7,8 +7,8 @@
 //   copy_async, commit_copies, wait_for_copies   16 bytes from global to shared memory (cp.async)
 //   to_tf32, multiply_m16n8k8, multiply_m16n8k16 matrix instructions of one warp (mma.sync)
 //
-// The host versions are stricter than they need be: a copy happens only when it is waited for, so that
-// a missing wait shows, and addresses that are not multiples of 16 bytes are errors.
+// On the host a copy happens either at once or when it is waited for, by the seed, so that a missing wait
+// shows and so does a copy over what is still read; addresses that are not multiples of 16 are errors.
 //
 // Matrix fragments (PTX ISA, "Matrix Fragments for mma.m16n8k8" and "m16n8k16"), with group = lane / 4
 // and member = lane % 4. A register holds one element of tf32 or a pair of 16-bit elements with
@@ -131,7 +131,13 @@ inline float2 unpack<float16>(unsigned pair) {
 inline void copy_async(void* to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes < 0 || bytes > 16)
     throw cuda_host::Error("copy_async needs addresses that are multiples of 16 and 0 to 16 bytes");
-  cuda_host::Block::current().running().copies.push_back({to, from, static_cast<size_t>(bytes)});
+  const cuda_host::Copy copy{to, from, static_cast<size_t>(bytes)};
+  auto& block = cuda_host::Block::current();
+  if (block.toss()) {
+    copy.perform();
+  } else {
+    block.running().copies.push_back(copy);
+  }
 }
 inline void commit_copies() {
   auto& thread = cuda_host::Block::current().running();
@@ -141,12 +147,8 @@ inline void commit_copies() {
 template <int pending>
 void wait_for_copies() {
   auto& groups = cuda_host::Block::current().running().copy_groups;
-  for (; groups.size() > pending; groups.pop_front()) {
-    for (const auto& copy : groups.front()) {
-      std::memset(copy.to, 0, 16);
-      std::memcpy(copy.to, copy.from, copy.bytes);
-    }
-  }
+  for (; groups.size() > pending; groups.pop_front())
+    for (const auto& copy : groups.front()) copy.perform();
 }
 
 inline unsigned to_tf32(float x) { return (__float_as_uint(x) + 0x1000u) & ~0x1fffu; }

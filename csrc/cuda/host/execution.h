@@ -87,10 +87,15 @@ struct Meeting {
   }
 };
 
-struct Copy {  // an asynchronous one that has not happened yet
+struct Copy {  // an asynchronous one, of 16 bytes: `bytes` from memory, zeros after them
   void* to;
   const void* from;
   size_t bytes;
+
+  void perform() const {
+    std::memset(to, 0, 16);
+    std::memcpy(to, from, bytes);
+  }
 };
 
 struct Thread {
@@ -99,7 +104,7 @@ struct Thread {
   uint3 index;
   State state = kReady;
   Meeting meeting;  // while it waits
-  std::vector<Copy> copies;
+  std::vector<Copy> copies;                   // that have not happened yet
   std::deque<std::vector<Copy>> copy_groups;  // committed, oldest first
   ucontext_t context;
   std::unique_ptr<std::byte[]> stack = std::make_unique_for_overwrite<std::byte[]>(kStackBytes);
@@ -121,6 +126,7 @@ class Block {
 
   static Block& current() { return *current_; }
   Thread& running() { return *running_; }
+  bool toss() { return random_() & 1; }  // whether what may happen now or later happens now
   unsigned lane() const { return (running_ - threads_.data()) % kWarp; }
 
   void run(uint3 index, const std::function<void()>& kernel) {
