@@ -135,13 +135,9 @@ class Block {
     shared_.clear();
     for (Thread& thread : threads_) prepare(thread);
     release_all();
-    while (!ready_.empty()) {
-      running_ = ready_.back();
-      ready_.pop_back();
-      resume();
-      if (!failure_.empty())
-        throw Error("block " + text(blockIdx) + ", thread " + text(running_->index) + ": " + failure_);
-    }
+    change(nullptr, next());
+    if (!failure_.empty())
+      throw Error("block " + text(blockIdx) + ", thread " + text(running_->index) + ": " + failure_);
     for (const Thread& thread : threads_)
       if (thread.state == Thread::kWaiting) throw Error(why_stuck(thread));
   }
@@ -235,7 +231,13 @@ class Block {
   static void enter() {
     Block& block = *current_;
 #ifdef __SANITIZE_ADDRESS__
-    __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack_, &block.scheduler_stack_bytes_);
+    const void* bottom;
+    size_t bytes;
+    __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
+    if (!block.scheduler_stack_) {  // the first thread comes from the scheduler
+      block.scheduler_stack_ = bottom;
+      block.scheduler_stack_bytes_ = bytes;
+    }
 #endif
     try {
       (*block.kernel_)();
@@ -246,29 +248,35 @@ class Block {
     block.suspend();
   }
 
-  // From the scheduler to the running thread, until it waits or ends.
-  void resume() {
-    threadIdx = running_->index;
-#ifdef __SANITIZE_ADDRESS__
-    void* fake_stack;
-    __sanitizer_start_switch_fiber(&fake_stack, running_->stack.get(), kStackBytes);
-#endif
-    swapcontext(&scheduler_, &running_->context);
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#endif
+  Thread* next() {  // nullptr: none can run, or none may
+    if (ready_.empty() || !failure_.empty()) return nullptr;
+    Thread* thread = ready_.back();
+    ready_.pop_back();
+    return thread;
   }
 
-  // From the running thread to the scheduler, until it is its turn again.
+  // Runs others until it is the running thread's turn again; the scheduler, when none can run.
   void suspend() {
+    Thread* self = running_;
+    Thread* other = next();
+    if (other != self) change(self, other);
+  }
+
+  // From one fiber to another, until somebody changes back. nullptr: the scheduler.
+  void change(Thread* from, Thread* to) {
+    if (to) {
+      running_ = to;
+      threadIdx = to->index;
+    }
 #ifdef __SANITIZE_ADDRESS__
-    void* fake_stack;
-    const bool last = running_->state == Thread::kFinished;
-    __sanitizer_start_switch_fiber(last ? nullptr : &fake_stack, scheduler_stack_, scheduler_stack_bytes_);
+    void* fake_stack = nullptr;
+    const bool last = from && from->state == Thread::kFinished;
+    __sanitizer_start_switch_fiber(last ? nullptr : &fake_stack, to ? to->stack.get() : scheduler_stack_,
+                                   to ? kStackBytes : scheduler_stack_bytes_);
 #endif
-    swapcontext(&running_->context, &scheduler_);
+    swapcontext(from ? &from->context : &scheduler_, to ? &to->context : &scheduler_);
 #ifdef __SANITIZE_ADDRESS__
-    __sanitizer_finish_switch_fiber(fake_stack, &scheduler_stack_, &scheduler_stack_bytes_);
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
   }
 
@@ -282,7 +290,7 @@ class Block {
   const std::function<void()>* kernel_ = nullptr;
   std::map<const void*, std::unique_ptr<std::byte[]>> shared_;
   std::string failure_;
-  ucontext_t scheduler_;
+  ucontext_t scheduler_;  // the caller of run()
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_bytes_ = 0;
 };
