@@ -112,10 +112,11 @@ using Tile = unsigned[TILE][kPitch];
 template <typename T, int TILE>
 __device__ __forceinline__ void copy_tile(const T* head, const Tensor<T>& x, int row, int64_t channels, int64_t pixel,
                                           int64_t end, Tile<TILE>& tile) {
-  constexpr int per_copy = 16 / sizeof(T), copies = kWords / 4;
+  constexpr int per_copy = 16 / sizeof(T), copies = kWords / 4;  // of a row
+  static_assert(TILE * copies % kThreads == 0);
 #pragma unroll
-  for (int i = threadIdx.x; i < TILE * copies; i += kThreads) {
-    const int r = i / copies, c = i % copies;
+  for (int i = 0; i < TILE * copies / kThreads; ++i) {
+    const int r = (i * kThreads + threadIdx.x) / copies, c = threadIdx.x % copies;
     const int64_t first = pixel + c * per_copy;
     const int64_t left = row + r < channels ? end - first : 0;
     const int count = left < 0 ? 0 : left < per_copy ? static_cast<int>(left) : per_copy;
