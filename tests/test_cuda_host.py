@@ -275,6 +275,15 @@ def test_many_tiles_and_chunks(kernels, pixels):
         check_gram(kernels, q, k, tile=32, tiles_per_chunk=tiles_per_chunk)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_shows_where_it_belongs(kernels, dtype):
+    q, k = torch.randn(2, 1, 1, 6, 40).to(dtype)
+    q[..., 2, 33] = torch.tensor(-1, dtype=torch.int32 if dtype == torch.float32 else torch.int16).view(dtype)
+    results, _ = host_kernels.channel_gram(kernels, q, k)
+    assert results["gram"][..., 2, :].isnan().all() and results["q_squares"][..., 2].isnan().all()
+    assert results["gram"].isnan().sum() == 6 and results["k_squares"].isfinite().all()
+
+
 def test_channel_gram_stays_within_its_tensors(sanitized):
     """Tensors that end where their memory does, by 16-byte copies and by elements."""
     code, output = sanitized("""

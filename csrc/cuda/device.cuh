@@ -151,7 +151,7 @@ void wait_for_copies() {
     for (const auto& copy : groups.front()) copy.perform();
 }
 
-inline unsigned to_tf32(float x) { return (__float_as_uint(x) + 0x1000u) & ~0x1fffu; }
+inline unsigned to_tf32(float x) { return x != x ? 0x7fffffffu : (__float_as_uint(x) + 0x1000u) & ~0x1fffu; }
 
 namespace cuda_host {
 
