@@ -5,9 +5,9 @@
 // Schedule
 //   channel_gram_kernel      A block owns one chunk of pixels of one image and head and one tile of
 //                            TILE x TILE of its Gram matrix. It walks the chunk in tiles of 128 bytes
-//                            of pixels, kStages of them in flight; each of its four warps multiplies
-//                            32 bytes of every row with matrix instructions, so that every word is read
-//                            from shared memory by one thread. At the end the warps' sums are added in
+//                            of pixels: one is multiplied while the next two are on their way. Each of
+//                            its four warps multiplies 32 bytes of every row with matrix instructions,
+//                            so that one thread alone reads a word from shared memory. At the end the warps' sums are added in
 //                            order and written as the chunk's partial result: (C, C), then |q|² (C) and
 //                            |k|² (C).
 //   channel_gram_sum_kernel  A thread owns one entry and adds it up over the chunks, in order.
@@ -25,8 +25,8 @@
 // 14 µs on A100 at 1.8 TB/s. Not measured yet.
 //
 // Occupancy: three blocks (12 warps) a processor with TILE 48, by registers (at most 168 a thread) and by
-// shared memory (41 KiB a block); four with TILE 32. Of a block's three tiles two are in flight, so 72 KiB
-// a processor, where 4.3 TB/s at 0.8 µs of latency need 26 KiB.
+// shared memory (41 KiB a block); four with TILE 32. Two tiles a block are 72 KiB on their way to a processor,
+// where 4.3 TB/s at 0.8 µs of latency need 26 KiB.
 //
 // Access: where pixels are contiguous and every row begins at a multiple of 16 bytes (`rows_align`) tiles
 // come by cp.async, 16 bytes a thread; else element by element, lanes along the smaller stride: coalesced
@@ -38,7 +38,7 @@
 namespace restore_kernels::channel_gram {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kStages = 3;
+constexpr int kStages = 3;  // tiles in shared memory
 template <int TILE>
 constexpr int kBlocksPerProcessor = TILE <= 32 ? 4 : 3;
 constexpr int kWords = 8 * kWarps;  // 32-bit words of a row in a tile: eight for each warp
