@@ -7,9 +7,9 @@
 //                            TILE x TILE of its Gram matrix. It walks the chunk in tiles of 128 bytes
 //                            of pixels: one is multiplied while the next two are on their way. Each of
 //                            its four warps multiplies 32 bytes of every row with matrix instructions,
-//                            so that one thread alone reads a word from shared memory. At the end the warps' sums are added in
-//                            order and written as the chunk's partial result: (C, C), then |q|² (C) and
-//                            |k|² (C).
+//                            so that one thread alone reads a word from shared memory. At the end the
+//                            warps' sums are added in order and written as the chunk's partial result:
+//                            (C, C), then |q|² (C) and |k|² (C).
 //   channel_gram_sum_kernel  A thread owns one entry and adds it up over the chunks, in order.
 // So the result depends on the size of a chunk, and on nothing else: not on the order of blocks.
 //

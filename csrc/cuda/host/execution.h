@@ -17,8 +17,9 @@
 // NaN: under AddressSanitizer an access past its end is an error, and what was never written shows.
 //
 // What it cannot show: orders finer than the stretches between two meetings, which run as a whole;
-// memory order between blocks; time. Kernels may not wait for one another by polling memory. One launch at a time per host thread; a kernel that is
-// abandoned because of an error is not unwound, so kernels own nothing that needs a destructor.
+// memory order between blocks; time. Kernels may not wait for one another by polling memory. One launch
+// at a time per host thread; a kernel that is abandoned because of an error is not unwound, so kernels
+// own nothing that needs a destructor.
 #pragma once
 
 #include <ucontext.h>
