@@ -12,7 +12,7 @@ demo: $(VENV)/built
 	$(BIN)/restore-nets demo --out out/demo
 
 test: $(VENV)/built lint
-	$(BIN)/python -m pytest --require-backends cpu,triton
+	$(BIN)/python -m pytest --require-backends cpu,triton --numprocesses auto --dist loadfile
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
