@@ -9,7 +9,7 @@
 //   backward  1  delta = Σ P dP of every query, dP = out_scale box(do vᵀ)            Cq + Cv
 //             2  again, dS = P (dP - delta), filters, products                      3 Cq + 2 Cv
 // multiply-adds per pair of a query pixel and a key pixel, 1 / patch_size² of what patches would take. Beside
-// them a vector of pairs needs 2 to 12 loads and additions per filter and about 15 operations for an exponential.
+// them a vector of pairs needs 10 loads, stores and additions per filter and 12 operations per exponential.
 // Bound: multiply-adds. Extra memory: the images packed (pyramid_levels.h) and, per task, what it adds to
 // the output of its bands or the gradients of a level.
 #include <ATen/ops/empty.h>
