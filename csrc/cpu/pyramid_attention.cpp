@@ -26,6 +26,7 @@ inline namespace CPU_CAPABILITY {
 namespace {
 
 using namespace pyramid;
+
 // The log-sum-exp at lanes where no patch is, or none that matters to the band.
 template <typename T>
 constexpr T kNoWeight = std::numeric_limits<T>::infinity();
