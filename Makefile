@@ -4,7 +4,7 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/cpu/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/cpu/* csrc/cuda/*)
 
 .PHONY: demo test lint bench gpu clean
 
@@ -12,7 +12,7 @@ demo: $(VENV)/built
 	$(BIN)/restore-nets demo --out out/demo
 
 test: $(VENV)/built lint
-	$(BIN)/python -m pytest --require-backends cpu,triton --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --require-backends cpu,triton,cuda --numprocesses auto --dist loadfile
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
@@ -50,4 +50,4 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build out *.egg-info restore_kernels/_cpu_*.so
+	rm -rf build out *.egg-info restore_kernels/_c*.so

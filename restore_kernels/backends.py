@@ -1,14 +1,14 @@
 """Who can run a call, who runs it, and why the others do not.
 
-Every operator lists its backends in order of preference as ``{name: why_not}``, where
-``why_not(*tensors)`` returns ``None`` for a backend that can run the call and otherwise one line
-that says why it cannot. ``choose`` picks; a backend that was asked for by name never falls back.
+``why_not`` lists the backends in order of preference, each with ``None`` if it can run the call and
+otherwise one line that says why it cannot. ``choose`` picks; a backend that was asked for by name never
+falls back.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,6 @@ from restore_kernels import native
 
 NAMES = ("auto", "eager", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "RESTORE_KERNELS_BACKEND"
-
-WhyNot = Callable[..., "str | None"]
 
 # Innermost `use_backend` last. A plain list, so that torch.compile guards on its content.
 _requested: list[str] = []
@@ -59,29 +57,54 @@ def requested(argument: str) -> str:
     return check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
 
 
-def candidates(operator: str) -> dict[str, WhyNot]:
-    """Which backends an operator has, best first, and when they cannot run a call; q comes first."""
+@dataclass(frozen=True)
+class Call:
+    """A call of an operator, as far as the choice of its backend goes.
 
-    def cuda(q: Tensor, *_: Tensor) -> str | None:
-        return f"{operator} has no CUDA C++ kernels in this version"
+    Attributes:
+        operator: its name.
+        tensors: its tensor arguments; the first one stands for all: device, dtype, shape.
+        uncovered: why the CUDA C++ kernels do not cover the call, whatever the device, or None.
+    """
 
-    def cpu(q: Tensor, *_: Tensor) -> str | None:
-        if q.device.type != "cpu":
-            return f"it needs CPU tensors, got {q.device}"
-        return native.why_no_cpu_library()
-
-    def triton(q: Tensor, *_: Tensor) -> str | None:
-        if q.dtype == torch.float64:
-            return "it computes float32, bfloat16 and float16, got float64"
-        return native.why_no_triton(q.device.type, q.device.index)
-
-    def eager(q: Tensor, *_: Tensor) -> str | None:
-        return None
-
-    return {"cuda": cuda, "cpu": cpu, "triton": triton, "eager": eager}
+    operator: str
+    tensors: tuple[Tensor, ...]
+    uncovered: str | None = None
 
 
-def choose(operator: str, candidates: Mapping[str, WhyNot], tensors: tuple[Any, ...], backend: str) -> str:
+def why_not(call: Call) -> dict[str, str | None]:
+    """For every backend, best first: why it cannot run the call, or None."""
+    return {name: reason(call) for name, reason in _REASONS.items()}
+
+
+def _cpu(call: Call) -> str | None:
+    device = call.tensors[0].device
+    return native.why_no_cpu_library() if device.type == "cpu" else f"it needs CPU tensors, got {device}"
+
+
+def _triton(call: Call) -> str | None:
+    x = call.tensors[0]
+    return _float64(x) or native.why_no_triton(x.device.type, x.device.index)
+
+
+def _cuda(call: Call) -> str | None:
+    x = call.tensors[0]
+    return _float64(x) or native.why_no_cuda(x.device.type, x.device.index) or call.uncovered
+
+
+def _float64(x: Tensor) -> str | None:
+    return "it computes float32, bfloat16 and float16, got float64" if x.dtype == torch.float64 else None
+
+
+_REASONS: dict[str, Callable[[Call], str | None]] = {
+    "cpu": _cpu,
+    "triton": _triton,
+    "cuda": _cuda,
+    "eager": lambda call: None,
+}
+
+
+def choose(call: Call, backend: str) -> str:
     """The backend that runs this call.
 
     Raises:
@@ -89,12 +112,12 @@ def choose(operator: str, candidates: Mapping[str, WhyNot], tensors: tuple[Any, 
     """
     name = requested(backend)
     if name != "auto":
-        reason = candidates[name](*tensors)
+        reason = _REASONS[name](call)
         if reason is not None:
-            raise RuntimeError(f"{operator}: backend {name!r} cannot run this call: {reason}")
+            raise RuntimeError(f"{call.operator}: backend {name!r} cannot run this call: {reason}")
         return name
-    for candidate, why_not in candidates.items():
-        if why_not(*tensors) is None:
+    for candidate, reason in _REASONS.items():
+        if reason(call) is None:
             return candidate
     raise AssertionError("the eager backend runs everything")
 
@@ -128,9 +151,9 @@ def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         plan = operator.plan  # type: ignore[attr-defined]
     except AttributeError:
         raise TypeError(f"operator must be a restore_kernels operator; got {operator!r}") from None
-    candidates, tensors = plan(*args, **kwargs)
+    call = plan(*args, **kwargs)
     name = requested(kwargs.get("backend", "auto"))
-    why_not = {candidate: reason(*tensors) for candidate, reason in candidates.items()}
-    runnable = [candidate for candidate, reason in why_not.items() if reason is None]
+    reasons = why_not(call)
+    runnable = [candidate for candidate, reason in reasons.items() if reason is None]
     chosen = runnable[0] if name == "auto" else name if name in runnable else None
-    return Explanation(operator.__name__, name, chosen, why_not)
+    return Explanation(call.operator, name, chosen, reasons)

@@ -24,7 +24,7 @@ def info() -> dict[str, Any]:
         "eager": None,
         "cpu": library.why_not,
         "triton": native.why_no_triton(*device),
-        "cuda": "this version has no CUDA C++ kernels",
+        "cuda": native.why_no_cuda(*device),
     }
     return {
         "restore_kernels": __version__,
@@ -37,6 +37,7 @@ def info() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_library": library.name,
         "cpu_build": library.module.build_info() if library.module else None,
+        "cuda_build": None if native.cuda_library().why_not else torch.ops.restore_kernels.cuda_build_info(),
         "backend_requested": os.environ.get("RESTORE_KERNELS_BACKEND", "auto"),
         "backends": {name: reason or "available" for name, reason in why_not.items()},
     }

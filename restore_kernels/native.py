@@ -4,6 +4,10 @@ The CPU library is built once per instruction set (``_cpu_avx512``, ``_cpu_avx2`
 ``_cpu_default`` on machines that are not x86-64); the one that PyTorch itself would use on this
 machine is loaded. Loading it registers the ``cpu`` overloads of the operators whose schemas
 ``ops.py`` defines.
+
+The CUDA library (``_cuda.so``) is built on PyTorch's stable ABI, one for all versions of Python and
+PyTorch. For debugging kernels without a GPU, ``RESTORE_KERNELS_CUDA_HOST`` may name a build of the same
+sources that runs them on the host: then the ``cuda`` backend takes CPU tensors, slowly.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -53,6 +58,27 @@ def cpu_library() -> Library:
         return Library(name, None, f"{built_for} ({_one_line(error)}); rebuild it")
 
 
+CUDA_HOST_VARIABLE = "RESTORE_KERNELS_CUDA_HOST"
+
+
+@functools.cache
+def cuda_library() -> Library:
+    host = os.environ.get(CUDA_HOST_VARIABLE)
+    path = Path(host) if host else Path(__file__).with_name("_cuda.so")
+    if not path.exists():
+        return Library(
+            path.name,
+            None,
+            f"the compiled library {path if host else 'restore_kernels/_cuda.so'} is not installed; "
+            "build it where nvcc is: pip install --no-build-isolation -e .",
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return Library(path.name, None, f"{path.name} does not load ({_one_line(error)}); rebuild it")
+    return Library(path.name, None, None)
+
+
 def _constant_to_the_compiler(function: Callable[..., str | None]) -> Callable[..., str | None]:
     """What ``torch.compiler.assume_constant_result`` does; that imports the compiler, and so Triton."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -70,6 +96,16 @@ def why_no_cpu_library() -> str | None:
 
 
 @_constant_to_the_compiler
+def why_no_cuda(device_type: str, device_index: int | None) -> str | None:
+    """Why the CUDA C++ kernels cannot run on this device, or None. Loads the library on first call."""
+    if os.environ.get(CUDA_HOST_VARIABLE):
+        return cuda_library().why_not if device_type == "cpu" else "its host build needs CPU tensors"
+    if device_type != "cuda":
+        return f"it needs a CUDA tensor, got one on {device_type!r}"
+    return cuda_library().why_not or _too_old(device_index)
+
+
+@_constant_to_the_compiler
 def why_no_triton(device_type: str, device_index: int | None) -> str | None:
     """Why Triton kernels cannot run on this device, or None. Does not import Triton."""
     if importlib.util.find_spec("triton") is None:
@@ -80,6 +116,10 @@ def why_no_triton(device_type: str, device_index: int | None) -> str | None:
         return (
             f"it needs a CUDA tensor, got one on {device_type!r} (TRITON_INTERPRET=1 runs it there, slowly)"
         )
+    return _too_old(device_index)
+
+
+def _too_old(device_index: int | None) -> str | None:
     major, minor = torch.cuda.get_device_capability(device_index)
     if major < 8:
         return f"it needs compute capability 8.0 or newer, this GPU has {major}.{minor}"

@@ -14,7 +14,7 @@ import torch
 
 from restore_kernels import native
 
-BACKENDS = ("cpu", "triton")
+BACKENDS = ("cpu", "triton", "cuda")
 
 # The operators stay registered for as long as this object lives.
 _library = torch.library.Library("restore_kernels", "FRAGMENT")
@@ -45,6 +45,8 @@ def register(
         """The operator ``restore_kernels::name`` of a backend, its library loaded."""
         if backend == "cpu":
             native.why_no_cpu_library()
+        elif backend == "cuda":
+            native.cuda_library()
         return overloads[name, backend]
 
     return overload

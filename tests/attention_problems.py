@@ -18,7 +18,7 @@ from attention_contract import row_norms
 from conformance import Problem, Tensors
 from torch import Tensor
 
-INTERPRETED = ("triton",) if conformance.DEVICE == "cpu" else ()
+INTERPRETED = ("triton", "cuda") if conformance.DEVICE == "cpu" else ()
 INTERPRETED_WORK = 20_000  # multiplies of the largest product that the interpreter is asked for
 
 LAYOUTS = ("channel", "token")

@@ -19,15 +19,18 @@ zero); ``magnitudes`` gives the size of the terms, the result of the same sums o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import host_kernels
 import pytest
 import torch
 from torch import Tensor
 
 from restore_kernels.backends import Explanation
+from restore_kernels.native import CUDA_HOST_VARIABLE
 
 DEVICE = "cpu"  # --device
 REQUIRED: tuple[str, ...] = ()  # --require-backends
@@ -164,6 +167,8 @@ def assert_every_element_is_written(problem: Problem, backend: str) -> None:
 def assert_reproducible(problem: Problem, backend: str, across_threads: bool = True) -> None:
     """The same bits in every run; on the CPU also with any number of threads, or, if not, with each."""
     first, threads = evaluate(problem, backend), torch.get_num_threads()
+    if backend == "cuda" and problem.grad_out.device.type == "cpu":
+        _assert_same_in_any_order(problem, first)
     for count in (threads, 1, 2) if backend == "cpu" else (threads,):
         torch.set_num_threads(count)
         try:
@@ -174,6 +179,18 @@ def assert_reproducible(problem: Problem, backend: str, across_threads: bool = T
             torch.set_num_threads(threads)
         for name, x in first.items():
             assert torch.equal(x, again[name]), f"{name}, {count} threads"
+
+
+def _assert_same_in_any_order(problem: Problem, first: Tensors) -> None:
+    """CUDA kernels on the host: blocks and threads run in an order that a seed draws."""
+    kernels = host_kernels.load(os.environ[CUDA_HOST_VARIABLE])
+    try:
+        for seed in range(1, 4):
+            kernels.seed(seed)
+            for name, x in evaluate(problem, "cuda").items():
+                assert torch.equal(x, first[name]), f"{name}, seed {seed}"
+    finally:
+        kernels.seed(0)
 
 
 def runnable(explanation: Explanation) -> list[str]:

@@ -10,9 +10,11 @@ import torch
 pytest.register_assert_rewrite("conformance")
 
 import conformance  # noqa: E402
+import host_kernels  # noqa: E402
 import triton_interpreter  # noqa: E402
 
 from restore_kernels.backends import NAMES  # noqa: E402
+from restore_kernels.native import CUDA_HOST_VARIABLE  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +24,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-backends", default="", metavar="NAME,NAME",
         help="backends that must run: one that cannot fails the run instead of being skipped",
+    )  # fmt: skip
+    parser.addoption(
+        "--cuda-host", default="check", choices=tuple(host_kernels.FLAGS),
+        help="the build of the CUDA kernels that runs them on the host",
     )  # fmt: skip
 
 
@@ -34,6 +40,11 @@ def pytest_configure(config: pytest.Config) -> None:
         # Before anything imports Triton: interpreted and compiled kernels do not mix in one process.
         os.environ["TRITON_INTERPRET"] = "1"
         triton_interpreter.mend_bfloat16()
+        name = config.getoption("--cuda-host")
+        # Compiling takes a minute or two: only where it must run.
+        build = host_kernels.build if "cuda" in conformance.REQUIRED else host_kernels.up_to_date
+        if host_kernels.why_not() is None and (library := build(name)) is not None:
+            os.environ[CUDA_HOST_VARIABLE] = str(library)
     else:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # eager's products, deterministically
     if hasattr(config, "workerinput"):  # pytest-xdist: the workers share the cores

@@ -12,19 +12,21 @@ import torch
 from conformance import Problem, assert_conforms
 from torch import Tensor
 
+from restore_kernels import backends
+
 Plant = Callable[[str, Callable[[Callable], Callable]], None]
 
 
 def model(monkeypatch: pytest.MonkeyPatch, contract: ModuleType) -> Plant:
     """Runs the contract as backend ``cpu``; returns what wraps one of its functions."""
     operator = contract.__name__.removesuffix("_contract")
-    api, autograd = (importlib.import_module(f"restore_kernels.{operator}.{x}") for x in ("api", "autograd"))
+    autograd = importlib.import_module(f"restore_kernels.{operator}.autograd")
 
     def overload(name: str, backend: str) -> Callable:
         return getattr(contract, name.removeprefix(f"{operator}_"))
 
     monkeypatch.setattr(conformance, "DEVICE", "cpu")
-    monkeypatch.setitem(api._CANDIDATES, "cpu", lambda *_: None)
+    monkeypatch.setitem(backends._REASONS, "cpu", lambda _: None)
     monkeypatch.setattr(autograd, "overload", overload)
     if hasattr(autograd, "compiled_functions"):
         monkeypatch.setattr(autograd, "compiled_functions", lambda backend: None)

@@ -1,25 +1,36 @@
-"""The CUDA kernels, compiled by g++ to run on the host, and called with tensors."""
+"""The CUDA kernels, compiled by g++ to run on the host."""
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ROOT / "tests/cuda_host"
+BUILDS = ROOT / "build/cuda_host"
 NAME = "cuda_host_kernels"
-COMPILE = ("g++", "-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden")
-CHECK = ("-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-SANITIZE = ("-O0", "-fsanitize=address")
-TILE_BYTES = 128  # of pixels: kTilePixels
+COMPILE = (
+    "g++", "-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+)  # fmt: skip
+# Each build of the kernels and its flags.
+FLAGS = {
+    "check": ("-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    "sanitize": ("-O1", "-fsanitize=address"),
+}
 
 
 def why_not() -> str | None:
@@ -31,27 +42,83 @@ def why_not() -> str | None:
     return None
 
 
-def compile_binding(directory: Path) -> Path:
-    """The object file that binds the kernels to Python, for any build of them."""
+def sources() -> list[Path]:
+    return sorted([*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "tests/cuda_host").glob("*.cpp")])
+
+
+def build(name: str) -> Path:
+    """The extension module of the build of that name, made where it is not up to date."""
+    folder = BUILDS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        objects = [_object(source, folder, FLAGS[name]) for source in sources()]
+        library = folder / f"{NAME}.so"
+        if not library.exists() or any(x.stat().st_mtime_ns > library.stat().st_mtime_ns for x in objects):
+            _run([*COMPILE, *FLAGS[name], "-shared", *objects, *_torch_libraries(), "-o", library])
+    return library
+
+
+def up_to_date(name: str) -> Path | None:
+    """The extension module of the build of that name if nothing would have to be compiled."""
+    folder = BUILDS / name
+    library = folder / f"{NAME}.so"
+    objects = [_object_path(source, folder, FLAGS[name]) for source in sources()]
+    return library if library.exists() and all(x.exists() for x in objects) else None
+
+
+@contextmanager
+def _alone(folder: Path):
+    """One process at a time builds in this folder."""
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _object_path(source: Path, folder: Path, flags: Sequence[str]) -> Path:
+    """Named by all that it is made of, so that it is there or not, and never out of date."""
+    headers = [*(ROOT / "csrc/cuda").rglob("*.h"), *(ROOT / "csrc/cuda").rglob("*.cuh")]
+    headers += [*(ROOT / "tests/cuda_host").glob("*.h"), *(ROOT / "tests/cuda_host").glob("*.cuh")]
+    content = hashlib.sha256(" ".join((*COMPILE, *flags, torch.__version__)).encode())
+    for file in (source, *sorted(headers)):
+        content.update(file.read_bytes())
+    return folder / f"{source.stem}-{content.hexdigest()[:16]}.o"
+
+
+def _object(source: Path, folder: Path, flags: Sequence[str]) -> Path:
+    output = _object_path(source, folder, flags)
+    if not output.exists():
+        for old in folder.glob(f"{source.stem}-*.o"):
+            old.unlink()
+        _run([*COMPILE, *flags, *_includes(), "-x", "c++", "-c", source, "-o", output.with_suffix(".tmp")])
+        output.with_suffix(".tmp").rename(output)
+    return output
+
+
+def _includes() -> list[str]:
     import pybind11
 
-    includes = [f"-I{path}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())]
-    output = directory / "binding.o"
-    subprocess.run([*COMPILE, "-O0", *includes, "-c", SOURCES / "binding.cpp", "-o", output], check=True)
-    return output
+    package = Path(torch.__file__).parent / "include"
+    system = [package, Path(sysconfig.get_paths()["include"]), Path(pybind11.get_include())]
+    return [f"-I{ROOT / 'csrc/cuda'}", *(f"-isystem{path}" for path in system)]
 
 
-def build(binding: Path, directory: Path, flags: Sequence[str]) -> Path:
-    """The extension module, in a directory of its own; flags are CHECK or SANITIZE."""
-    output = directory / f"{NAME}.so"
-    include = f"-I{ROOT / 'csrc/cuda'}"
-    subprocess.run(
-        [*COMPILE, *flags, include, "-shared", SOURCES / "kernels.cpp", binding, "-o", output], check=True
-    )
-    return output
+def _torch_libraries() -> list[str]:
+    folder = Path(torch.__file__).parent / "lib"
+    return [f"-L{folder}", f"-Wl,-rpath,{folder}", "-ltorch_cpu", "-lc10"]
 
 
-def load(library: Path) -> ModuleType:
+def _run(command: Sequence[object]) -> None:
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stderr}")
+
+
+def load(library: Path | str) -> ModuleType:
+    return _loaded(str(library))
+
+
+@functools.cache  # a second module of the same file would register its operators again
+def _loaded(library: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(NAME, library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -59,33 +126,31 @@ def load(library: Path) -> ModuleType:
     return module
 
 
-def library(tool: str, name: str) -> str | None:
+def run_sanitized(code: str) -> tuple[int, str]:
+    """Exit code and output of Python code that has the AddressSanitizer build as ``kernels``."""
+    library = build("sanitize")
+    environment = {**os.environ, **sanitizer_environment()}
+    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    load = f"import host_kernels\nkernels = host_kernels.load({str(library)!r})\n"
+    result = subprocess.run(
+        [sys.executable, "-c", load + code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    return result.returncode, result.stdout + result.stderr
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """What a Python process needs that loads the AddressSanitizer build."""
+    libraries = [_runtime_library(name) for name in ("libasan.so", "libstdc++.so")]
+    if None in libraries:
+        pytest.skip("no libasan")
+    return {
+        "LD_PRELOAD": " ".join(map(str, libraries)), "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONMALLOC": "malloc", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+
+def _runtime_library(name: str) -> str | None:
     """The path of a shared library that comes with the compiler."""
-    path = subprocess.run([tool, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-    return path if "/" in path else None
-
-
-def channel_gram(
-    kernels: ModuleType, q: Tensor, k: Tensor, *, tile: int = 48, tiles_per_chunk: int = 2, seed: int = 0
-) -> tuple[dict[str, Tensor], bool]:
-    """The Gram matrices q kᵀ (B, H, C, C) and squared norms (B, H, C) of q and k (B, H, C, N).
-
-    tile: rows and columns of a block's product, 32 or 48. tiles_per_chunk: how many times 128 bytes of
-    pixels a block owns. Says also whether the tiles were copied 16 bytes at a time.
-    """
-    batch, heads, channels, pixels = q.shape
-    chunks = -(-pixels * q.element_size() // (tiles_per_chunk * TILE_BYTES))
-    size = channels * (channels + 2)
-    partials = torch.full((batch * heads, chunks, size), float("nan"))
-    sums = torch.full((batch, heads, size), float("nan"))
-    copied = kernels.gram(
-        str(q.dtype).removeprefix("torch."), tile, q.data_ptr(), q.stride(), k.data_ptr(), k.stride(),
-        q.shape, tiles_per_chunk, partials.data_ptr(), sums.data_ptr(), seed,
-    )  # fmt: skip
-    gram, q_squares, k_squares = sums.split([channels * channels, channels, channels], dim=-1)
-    results = {
-        "gram": gram.unflatten(-1, (channels, channels)),
-        "q_squares": q_squares,
-        "k_squares": k_squares,
-    }
-    return results, copied
+    command = ["g++", f"-print-file-name={name}"]
+    path = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return path if os.sep in path else None

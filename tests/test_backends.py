@@ -30,6 +30,7 @@ def qkv() -> tuple[torch.Tensor, ...]:
 def without_libraries(monkeypatch) -> None:
     monkeypatch.setattr(native, "why_no_cpu_library", lambda: "it was not built")
     monkeypatch.setattr(native, "why_no_triton", lambda *_: "it is not installed")
+    monkeypatch.setattr(native, "why_no_cuda", lambda *_: "there is no GPU")
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def everything_runs(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(api.autograd, "channel", record)
     monkeypatch.setattr(api.reference, "channel", lambda q, k, v, *_: called.append("eager") or v)
-    monkeypatch.setattr(api, "_CANDIDATES", dict.fromkeys(api._CANDIDATES, lambda *_: None))
+    monkeypatch.setattr(backends, "_REASONS", dict.fromkeys(backends._REASONS, lambda _: None))
     return called
 
 
@@ -62,7 +63,7 @@ def test_the_call_wins_over_the_block_and_the_block_over_the_process(everything_
 
 def test_auto_takes_the_first_that_can(everything_runs, qkv):
     topk_attention(*qkv, [2])
-    assert everything_runs == [next(iter(api._CANDIDATES))]
+    assert everything_runs == [next(iter(backends._REASONS))]
 
 
 def test_auto_in_a_block_undoes_the_process_wide_choice(everything_runs, qkv, monkeypatch):
@@ -118,7 +119,7 @@ def test_unknown_names(qkv, monkeypatch, source):
 
 @pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
 def test_a_named_backend_never_falls_back(without_libraries, qkv, name):
-    reason = {"cpu": "it was not built", "triton": "it is not installed", "cuda": "no CUDA C"}[name]
+    reason = {"cpu": "it was not built", "triton": "it is not installed", "cuda": "there is no GPU"}[name]
     with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run this call: .*{reason}"):
         topk_attention(*qkv, [2], backend=name)
     with use_backend(name), pytest.raises(RuntimeError, match=reason):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from restore_kernels import checks
-from restore_kernels.backends import candidates, choose
+from restore_kernels.backends import Call, choose
 from restore_kernels.functions import call_temperature
 from restore_kernels.masked_attention import autograd, reference
 from restore_kernels.tensors import accumulate_dtype
@@ -56,7 +56,7 @@ def masked_attention(
     """
     q, k, v, out_proj = checks.autocast(q, k, v, out_proj)
     _check(q, k, v, mask, temperature, layout, out_proj)
-    chosen = choose("masked_attention", _CANDIDATES, (q, k, v), backend)
+    chosen = choose(_call(q, k, v, layout), backend)
 
     dtype = accumulate_dtype(q.dtype)
     batch, heads = q.shape[:2]
@@ -89,14 +89,15 @@ def _check(q, k, v, mask, temperature, layout, out_proj) -> None:
     checks.out_proj(out_proj, q, layout)
 
 
-_CANDIDATES = candidates("masked_attention")
+def _call(q: Tensor, k: Tensor, v: Tensor, layout: str) -> Call:
+    return Call("masked_attention", (q, k, v), f"it has no kernels for the {layout} layout")
 
 
 def _plan(q, k, v, mask=None, *, temperature=None, normalize=True, layout="channel", out_proj=None,
           backend="auto"):  # fmt: skip
     q, k, v, out_proj = checks.autocast(q, k, v, out_proj)
     _check(q, k, v, mask, temperature, layout, out_proj)
-    return _CANDIDATES, (q, k, v)
+    return _call(q, k, v, layout)
 
 
 masked_attention.plan = _plan  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from restore_kernels import checks
-from restore_kernels.backends import candidates, choose
+from restore_kernels.backends import Call, choose
 from restore_kernels.pyramid_attention import autograd, reference
 
 PATCH_SIZES = (1, 3, 5, 7)
@@ -54,8 +54,7 @@ def pyramid_attention(
     query, keys, values = _autocast(query, keys, values)
     settings = (patch_size, softmax_scale, eps, out_scale)
     _check(query, keys, values, *settings)
-    tensors = (query, *keys, *values)
-    chosen = choose("pyramid_attention", _CANDIDATES, tensors, backend)
+    chosen = choose(_call(query, keys, values), backend)
     if chosen != "eager":
         differentiable = autograd.hard if hard else autograd.soft
         return differentiable(query, keys, values, *settings, chosen)
@@ -95,14 +94,15 @@ def _check(query, keys, values, patch_size, softmax_scale, eps, out_scale) -> No
         raise ValueError(f"eps must be positive; got {eps}")
 
 
-_CANDIDATES = candidates("pyramid_attention")
+def _call(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Call:
+    return Call("pyramid_attention", (query, *keys, *values), "it has no kernels for this operator")
 
 
 def _plan(query, keys, values, *, patch_size=3, softmax_scale=10.0, eps=1e-4, out_scale=0.25, hard=False,
           backend="auto"):  # fmt: skip
     query, keys, values = _autocast(query, keys, values)
     _check(query, keys, values, patch_size, softmax_scale, eps, out_scale)
-    return _CANDIDATES, (query, *keys, *values)
+    return _call(query, keys, values)
 
 
 pyramid_attention.plan = _plan  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from restore_kernels import checks
-from restore_kernels.backends import candidates, choose
+from restore_kernels.backends import Call, choose
 from restore_kernels.functions import call_temperature
 from restore_kernels.tensors import accumulate_dtype
 from restore_kernels.topk_attention import autograd, reference
@@ -60,7 +60,7 @@ def topk_attention(
     """
     q, k, v, out_proj = checks.autocast(q, k, v, out_proj)
     counts = _check(q, k, v, topk, weights, temperature, layout, out_proj)
-    chosen = choose("topk_attention", _CANDIDATES, (q, k, v), backend)
+    chosen = choose(_call(q, k, v, layout), backend)
 
     dtype = accumulate_dtype(q.dtype)
     batch, heads = q.shape[:2]
@@ -109,14 +109,15 @@ def _check_topk(topk: TopK, row: int) -> list[int]:
     return counts
 
 
-_CANDIDATES = candidates("topk_attention")
+def _call(q: Tensor, k: Tensor, v: Tensor, layout: str) -> Call:
+    return Call("topk_attention", (q, k, v), f"it has no kernels for the {layout} layout")
 
 
 def _plan(q, k, v, topk, *, weights=None, temperature=None, normalize=True, layout="channel",
           out_proj=None, backend="auto"):  # fmt: skip
     q, k, v, out_proj = checks.autocast(q, k, v, out_proj)
     _check(q, k, v, topk, weights, temperature, layout, out_proj)
-    return _CANDIDATES, (q, k, v)
+    return _call(q, k, v, layout)
 
 
 topk_attention.plan = _plan  # type: ignore[attr-defined]

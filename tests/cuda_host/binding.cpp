@@ -7,6 +7,7 @@
 using namespace restore_kernels::host_tests;
 
 PYBIND11_MODULE(cuda_host_kernels, module) {
+  module.def("seed", seed);
   module.def("gram", gram);
   module.def("reverse", reverse);
   module.def("copy_vectors", copy_vectors);

@@ -10,6 +10,9 @@ namespace restore_kernels::host_tests {
 
 using Sizes = std::array<int64_t, 4>;  // or strides, in elements
 
+// Of the operators' launches (csrc/cuda/launch.h).
+void seed(uint64_t value);
+
 // Gram matrices and squared norms of q, k (B, H, C, N): sums (B, H, C * (C + 2)), on the way partials
 // (B, H, chunks, C * (C + 2)). Returns whether tiles were copied 16 bytes at a time.
 bool gram(const std::string& dtype, int tile, uintptr_t q, const Sizes& q_strides, uintptr_t k,
