@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restore_kernels import native
+from restore_kernels import choices, native
 
 NAMES = ("auto", "eager", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "RESTORE_KERNELS_BACKEND"
@@ -63,18 +63,28 @@ class Call:
 
     Attributes:
         operator: its name.
+        kind: what distinguishes kernels of the same operator, such as the layout.
         tensors: its tensor arguments; the first one stands for all: device, dtype, shape.
         uncovered: why the CUDA C++ kernels do not cover the call, whatever the device, or None.
     """
 
     operator: str
+    kind: str
     tensors: tuple[Tensor, ...]
     uncovered: str | None = None
 
 
 def why_not(call: Call) -> dict[str, str | None]:
     """For every backend, best first: why it cannot run the call, or None."""
-    return {name: reason(call) for name, reason in _REASONS.items()}
+    return {name: _REASONS[name](call) for name in _order(call)}
+
+
+def _order(call: Call) -> tuple[str, ...]:
+    """On a GPU the faster one of its two comes first."""
+    x = call.tensors[0]
+    if x.device.type == "cuda" and choices.faster(f"{call.operator} {call.kind}", x) == "cuda":
+        return "cuda", "triton", "cpu", "eager"
+    return tuple(_REASONS)
 
 
 def _cpu(call: Call) -> str | None:
@@ -116,8 +126,8 @@ def choose(call: Call, backend: str) -> str:
         if reason is not None:
             raise RuntimeError(f"{call.operator}: backend {name!r} cannot run this call: {reason}")
         return name
-    for candidate, reason in _REASONS.items():
-        if reason(call) is None:
+    for candidate in _order(call):
+        if _REASONS[candidate](call) is None:
             return candidate
     raise AssertionError("the eager backend runs everything")
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 
@@ -58,6 +59,8 @@ def cpu_library() -> Library:
         return Library(name, None, f"{built_for} ({_one_line(error)}); rebuild it")
 
 
+Function = TypeVar("Function", bound=Callable)
+
 CUDA_HOST_VARIABLE = "RESTORE_KERNELS_CUDA_HOST"
 
 
@@ -79,7 +82,7 @@ def cuda_library() -> Library:
     return Library(path.name, None, None)
 
 
-def _constant_to_the_compiler(function: Callable[..., str | None]) -> Callable[..., str | None]:
+def constant_to_the_compiler(function: Function) -> Function:
     """What ``torch.compiler.assume_constant_result`` does; that imports the compiler, and so Triton."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -89,13 +92,13 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-@_constant_to_the_compiler
+@constant_to_the_compiler
 def why_no_cpu_library() -> str | None:
     """Why the compiled CPU library cannot be used, or None. Loads it on first call."""
     return cpu_library().why_not
 
 
-@_constant_to_the_compiler
+@constant_to_the_compiler
 def why_no_cuda(device_type: str, device_index: int | None) -> str | None:
     """Why the CUDA C++ kernels cannot run on this device, or None. Loads the library on first call."""
     if os.environ.get(CUDA_HOST_VARIABLE):
@@ -105,7 +108,7 @@ def why_no_cuda(device_type: str, device_index: int | None) -> str | None:
     return cuda_library().why_not or _too_old(device_index)
 
 
-@_constant_to_the_compiler
+@constant_to_the_compiler
 def why_no_triton(device_type: str, device_index: int | None) -> str | None:
     """Why Triton kernels cannot run on this device, or None. Does not import Triton."""
     if importlib.util.find_spec("triton") is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import restore_kernels
 from restore_kernels import (
     backends,
+    choices,
     explain,
     masked_attention,
     native,
@@ -229,3 +231,56 @@ def test_info_names_every_backend():
     assert set(info["backends"]) == set(backends.NAMES) - {"auto"}
     assert info["backends"]["eager"] == "available"
     assert info["torch"] == torch.__version__
+
+
+MEASURED = [
+    {"operator": "topk_attention channel", "dtype": "bfloat16", "capability": "9.0", "shape": shape,
+     "seconds": {"cuda": cuda, "triton": 1e-4}}
+    for shape, cuda in (([8, 1, 48, 16384], 5e-5), ([8, 8, 48, 256], 2e-4))
+]  # fmt: skip
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """A table of measurements on GPUs of compute capability 9.0, and such a GPU."""
+    (tmp_path / "choices.json").write_text(json.dumps(MEASURED))
+    monkeypatch.setattr(choices, "__file__", str(tmp_path / "choices.py"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    choices._table.cache_clear()
+    yield
+    choices._table.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("shape", "faster"),
+    [((8, 1, 48, 16384), "cuda"), ((1, 1, 32, 4096), "cuda"), ((4, 8, 64, 100), "triton")],
+)
+def test_the_nearest_measurement_decides(measured, shape, faster):
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    assert choices.faster("topk_attention channel", x) == faster
+
+
+def test_what_was_not_measured_gets_the_default(measured, monkeypatch):
+    x = torch.empty(8, 1, 48, 16384, dtype=torch.bfloat16, device="meta")
+    assert choices.faster("topk_attention token", x) == choices.DEFAULT
+    assert choices.faster("topk_attention channel", x.float()) == choices.DEFAULT
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choices.faster("topk_attention channel", x) == choices.DEFAULT
+
+
+@pytest.mark.parametrize("faster", ["cuda", "triton"])
+def test_the_faster_one_comes_first(monkeypatch, faster):
+    class OnGPU:
+        device = torch.device("cuda", 0)
+        dtype = torch.float32
+
+    asked = []
+    monkeypatch.setattr(choices, "faster", lambda operator, x: asked.append(operator) or faster)
+    monkeypatch.setattr(native, "why_no_cuda", lambda *_: None)
+    monkeypatch.setattr(native, "why_no_triton", lambda *_: None)
+    call = backends.Call("topk_attention", "channel", (OnGPU(),))  # type: ignore[arg-type]
+    assert backends.choose(call, "auto") == faster
+    assert asked == ["topk_attention channel"]
+    refused = backends.Call("topk_attention", "channel", (OnGPU(),), "too large")  # type: ignore[arg-type]
+    assert backends.choose(refused, "auto") == "triton"
+    assert backends.why_not(refused)["cuda"] == "too large"

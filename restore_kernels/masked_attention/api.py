@@ -90,7 +90,7 @@ def _check(q, k, v, mask, temperature, layout, out_proj) -> None:
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, layout: str) -> Call:
-    return Call("masked_attention", (q, k, v), f"it has no kernels for the {layout} layout")
+    return Call("masked_attention", layout, (q, k, v), f"it has no kernels for the {layout} layout")
 
 
 def _plan(q, k, v, mask=None, *, temperature=None, normalize=True, layout="channel", out_proj=None,

@@ -54,7 +54,7 @@ def pyramid_attention(
     query, keys, values = _autocast(query, keys, values)
     settings = (patch_size, softmax_scale, eps, out_scale)
     _check(query, keys, values, *settings)
-    chosen = choose(_call(query, keys, values), backend)
+    chosen = choose(_call(query, keys, values, patch_size, hard), backend)
     if chosen != "eager":
         differentiable = autograd.hard if hard else autograd.soft
         return differentiable(query, keys, values, *settings, chosen)
@@ -94,15 +94,18 @@ def _check(query, keys, values, patch_size, softmax_scale, eps, out_scale) -> No
         raise ValueError(f"eps must be positive; got {eps}")
 
 
-def _call(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Call:
-    return Call("pyramid_attention", (query, *keys, *values), "it has no kernels for this operator")
+def _call(
+    query: Tensor, keys: list[Tensor], values: list[Tensor], patch_size: int, hard: bool
+) -> Call:  # fmt: skip
+    kind = "hard" if hard else "soft"
+    return Call("pyramid_attention", kind, (query, *keys, *values), "it has no kernels for this operator")
 
 
 def _plan(query, keys, values, *, patch_size=3, softmax_scale=10.0, eps=1e-4, out_scale=0.25, hard=False,
           backend="auto"):  # fmt: skip
     query, keys, values = _autocast(query, keys, values)
     _check(query, keys, values, patch_size, softmax_scale, eps, out_scale)
-    return _call(query, keys, values)
+    return _call(query, keys, values, patch_size, hard)
 
 
 pyramid_attention.plan = _plan  # type: ignore[attr-defined]

@@ -110,7 +110,7 @@ def _check_topk(topk: TopK, row: int) -> list[int]:
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, layout: str) -> Call:
-    return Call("topk_attention", (q, k, v), f"it has no kernels for the {layout} layout")
+    return Call("topk_attention", layout, (q, k, v), f"it has no kernels for the {layout} layout")
 
 
 def _plan(q, k, v, topk, *, weights=None, temperature=None, normalize=True, layout="channel",
