@@ -20,7 +20,7 @@ lint: $(VENV)/built
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/built
-	$(BIN)/python -m restore_kernels.profiling.run --device cpu --compile --out benchmarks/results
+	$(BIN)/restore-kernels profile --all --device cpu --threads 2 --compile --out benchmarks/results
 
 # On a machine with an NVIDIA GPU, PyTorch, Triton and pytest; no network. The suites run side by side,
 # then, alone, the benchmarks.
@@ -37,7 +37,7 @@ gpu:
 	done; \
 	for job in $$jobs; do wait $$job || status=1; done; \
 	tail -n 1 $(OUT)/logs/*.txt; \
-	timeout 240 $(GPU_PYTHON) -m restore_kernels.profiling.run --device cuda --compile --seconds 1 --out $(OUT) \
+	timeout 240 $(GPU_PYTHON) -m restore_kernels profile --all --device cuda --compile --seconds 1 --out $(OUT) \
 		&& exit $$status
 
 $(VENV)/installed: requirements-dev.txt

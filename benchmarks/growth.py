@@ -32,6 +32,8 @@ def curves(result: dict[str, Any]) -> dict[str, Curve]:
     """Of one results file, by what was timed, on which backend, in which dtype."""
     found: dict[str, Curve] = defaultdict(list)
     for row in result.get("growth", []):
+        if row["pairs"] is None:
+            continue
         side = int(row["case"].rsplit("x", 1)[1])
         for backend, entry in row["alternatives"].items():
             times = (entry[x] / row["pairs"] * 1e9 for x in ("median", "p20", "p80"))

@@ -63,6 +63,10 @@ def memory(entry: dict[str, Any]) -> str:
     return "not measured" if extra is None else f"{extra / 2**20:.1f} MiB"
 
 
+def per_pair(row: dict[str, Any], seconds: float) -> str:
+    return "" if row["pairs"] is None else f"{seconds / row['pairs'] * 1e9:.3f} ns"
+
+
 def growth_table(rows: list[dict[str, Any]]) -> list[str]:
     """Of one method at growing sizes: what a pair of positions costs."""
     lines = [
@@ -74,8 +78,7 @@ def growth_table(rows: list[dict[str, Any]]) -> list[str]:
         for name, entry in row["alternatives"].items():
             seconds = entry["median"]
             lines.append(
-                f"| {case} | {name} | {seconds * 1e3:.1f} ms | {seconds / row['pairs'] * 1e9:.3f} ns "
-                f"| {memory(entry)} |"
+                f"| {case} | {name} | {seconds * 1e3:.1f} ms | {per_pair(row, seconds)} | {memory(entry)} |"
             )
         lines += [f"| {case} | {name} | wrong: {why} | | |" for name, why in row["wrong"].items()]
     return lines

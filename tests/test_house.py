@@ -85,7 +85,7 @@ try:
     restore_kernels.topk_attention(q, q, q, [2], backend="cpu")
 except RuntimeError as error:
     print(error)
-runpy.run_module("restore_kernels")
+runpy.run_module("restore_kernels", run_name="__main__")
 """)  # fmt: skip
     assert "runs on eager" in output
     assert "the package triton is not installed" in output

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from restore_kernels.profiling import run
+from restore_kernels.profiling import machine, run
 from restore_kernels.profiling.cases import CPU_CASES, GPU_CASES, GROWTH_CASES, PyramidCase
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ def script(name: str) -> ModuleType:
 
 def test_operations_of_pyramid_attention():
     """Multiply-adds per pair of positions with 32 channels of queries and keys and 64 of values."""
-    forward, both = (PyramidCase((1, 32, 64, 10, 20), backward) for backward in (False, True))
+    forward, both = (PyramidCase((1, 32, 64, 10, 20), backward=backward) for backward in (False, True))
     levels = 10 * 20 + 9 * 18 + 8 * 16 + 7 * 14 + 6 * 12
     assert forward.pairs == both.pairs == 200 * levels
     assert [case.flops / (2 * case.pairs) for case in (forward, both)] == [128, 448]
@@ -52,7 +52,7 @@ def test_the_published_computation_is_the_operator(case):
 @pytest.mark.parametrize("height", [3, 9, 20])
 @pytest.mark.parametrize("width", [3, 22, 70])
 def test_an_excerpt_is_part_of_the_whole(height, width):
-    case = replace(CASE, shape=(2, 4, 5, max(height, 2), max(width, 2)))
+    case = replace(CASE, shape=(2, 4, 5, height, width))
     excerpt = case.excerpt(case.inputs(torch.float32, "cpu"))
     whole, part = (
         excerpt.cut(x.double().results(lambda x: case.ours(x, "eager")))
@@ -80,6 +80,11 @@ def test_no_speed_for_a_wrong_result(monkeypatch, fault):
     assert fault in (run.wrong(CASE, "eager", "cpu", torch.float32) or "")
 
 
+def test_ceilings_are_measured():
+    limits = machine.ceilings("cpu", torch.float32, seconds=0.0)
+    assert 1e8 < limits["copy_bytes_per_second"] < 1e13 and 1e8 < limits["flops_per_second"] < 1e15
+
+
 @pytest.fixture
 def row() -> dict:
     return run.measure(replace(CASE, backward=False), "cpu", torch.float32, seconds=0.0)
@@ -90,8 +95,6 @@ def test_a_row_of_the_results(row):
     eager = row["alternatives"]["eager"]
     assert eager["runs"] >= 5 and 0 < eager["p20"] <= eager["median"] <= eager["p80"]
     assert eager["flops"] == replace(CASE, backward=False).published_flops
-    limits = {"flops_per_second": 1e11, "copy_bytes_per_second": 1e10}
-    assert "ns per pair" in run.describe(row, limits)
 
 
 def test_tables_and_the_plot(row, tmp_path):

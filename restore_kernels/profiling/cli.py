@@ -1,0 +1,256 @@
+"""The command line ``restore-kernels profile``: what to measure, and where the results go."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from restore_kernels.info import info
+from restore_kernels.profiling import results as files
+from restore_kernels.profiling.cases import CPU_CASES, GPU_CASES, GROWTH_CASES, OPERATORS, BenchmarkCase
+from restore_kernels.profiling.cases.case import nearest, one_of
+from restore_kernels.profiling.machine import ceilings, processor_name
+from restore_kernels.profiling.run import affordable, measure, trace
+
+CASES = {"cpu": CPU_CASES, "cuda": GPU_CASES}
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16,
+}  # fmt: skip
+
+# --quick leaves out what takes the published computation more operations than this, a few seconds on a CPU;
+# of growing sizes, which tell more the more they are, only what takes parts of one.
+QUICK, QUICK_GROWTH = 2e11, 2e10
+
+# Which libraries show the results in which way; all come with the extra `profile`.
+LIBRARIES = {"table": ("rich",), "html": ("jinja2", "matplotlib")}
+
+
+class UsageError(Exception):
+    """A mistake in the command line, told in one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run ``profile`` with these arguments; returns the exit status, 2 for a mistake in them."""
+    try:
+        _profile(arguments)
+    except (UsageError, ValueError, OSError) as error:
+        print(f"restore-kernels profile: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _profile(arguments: Sequence[str]) -> None:
+    args = _parse(arguments)
+    cases, growth = _chosen(args)
+    for name in ("json", "csv", "html", "trace"):
+        path = getattr(args, name)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"--{name} {path}: there is no folder {path.absolute().parent}")
+    _need_libraries(args)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    dtypes = args.dtype or (["bfloat16", "float32"] if args.device == "cuda" else ["float32"])
+
+    results: files.Results = {
+        "machine": {**info(), "processor": processor_name()}, "ceilings": {}, "cases": [], "growth": [],
+    }  # fmt: skip
+    for name in dtypes:
+        _measure(args, results, DTYPES[name], cases, growth)
+    _write(args, results)
+    if args.trace:
+        pairs = [(case, DTYPES[name]) for name in dtypes for case in cases]
+        timed = [row["alternatives"] for row in results["cases"]]
+        trace([(*pair, [*names]) for pair, names in zip(pairs, timed, strict=True)], args.device, args.trace)
+        print(f"wrote {args.trace}", file=sys.stderr)
+    if args.table:
+        from rich.console import Console
+
+        from restore_kernels.profiling.table import show
+
+        show(results, Console())
+
+
+def _measure(
+    args: argparse.Namespace, results: files.Results, dtype: torch.dtype,
+    cases: Sequence[BenchmarkCase], growth: Sequence[BenchmarkCase],
+) -> None:  # fmt: skip
+    """Add what is found in this dtype."""
+    name, device = str(dtype).removeprefix("torch."), args.device
+    seconds = args.seconds or (1.0 if args.quick else 3.0)
+    before = ceilings(device, dtype, min(seconds, 2.0))
+    for kind, each, time in (("cases", cases, seconds), ("growth", growth, seconds / 2)):
+        for i, case in enumerate(each):
+            print(f"{kind} {i + 1} of {len(each)}, {name}: {case}", file=sys.stderr, flush=True)
+            compared = kind == "cases" or affordable(case, device)
+            row = measure(case, device, dtype, time, compared=compared, compiled=args.compile)
+            results[kind].append(row)
+    after = ceilings(device, dtype, min(seconds, 2.0))
+    results["ceilings"][name] = {rate: max(before[rate], after[rate]) for rate in before}
+
+
+def _write(args: argparse.Namespace, results: files.Results) -> None:
+    outputs: list[tuple[Path | None, Callable[[files.Results, Path], None]]] = [
+        (args.json, files.write_json), (args.csv, files.write_csv),
+    ]  # fmt: skip
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        outputs.append((args.out / files.file_name(results), files.write_json))
+    for path, write in outputs:
+        if path is not None:
+            write(results, path)
+            print(f"wrote {path}", file=sys.stderr)
+
+
+def _chosen(args: argparse.Namespace) -> tuple[list[BenchmarkCase], list[BenchmarkCase]]:
+    """The cases to measure, and those that show how they grow."""
+    given = {name: value for name, value in vars(args).items() if name in _OPTIONS and value is not None}
+    registered = [*CASES[args.device]]
+    if args.operator:
+        kind = OPERATORS[args.operator]
+        own = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        if foreign := [name for name in given if name not in own]:
+            flags = [f"--{_OPTIONS[name].metadata['flag']}" for name in own if name in _OPTIONS]
+            flag = f"--{_OPTIONS[foreign[0]].metadata['flag']}"
+            close = nearest(flag, flags)
+            raise UsageError(f"{args.operator} has no {flag}; it has {', '.join(flags)}; nearest is {close}")
+        registered = [case for case in registered if isinstance(case, kind)]
+        growth = [case for case in GROWTH_CASES if isinstance(case, kind)]
+    elif given:
+        raise UsageError(f"--{_OPTIONS[next(iter(given))].metadata['flag']} is for one operator: name it")
+    else:
+        growth = [*GROWTH_CASES]
+    if given:
+        # What is not given is that of the registered case which agrees with the most of what is.
+        like = max(registered, key=lambda case: sum(getattr(case, name) == given[name] for name in given))
+        case = dataclasses.replace(like, **given, backward=True)  # type: ignore[type-var]
+        case.check()
+        registered, growth = [case], [case.grown(part) for part in (1 / 16, 1 / 4)]
+    elif args.quick:
+        registered = [case for case in registered if case.published_flops <= QUICK]
+        growth = [case for case in growth if case.published_flops <= QUICK_GROWTH]
+    if args.forward_only:
+        registered, growth = _forward(registered), _forward(growth)
+    wanted = args.html is not None or (args.all and not args.quick)
+    return registered, growth if wanted else []
+
+
+def _forward(cases: Sequence[BenchmarkCase]) -> list[BenchmarkCase]:
+    """The cases without backward, each once."""
+    return [*dict.fromkeys(dataclasses.replace(case, backward=False) for case in cases)]  # type: ignore[type-var]
+
+
+def _need_libraries(args: argparse.Namespace) -> None:
+    """Before anything is measured: what shows the results is there. Files of data need none."""
+
+    def missing(kind: str) -> list[str]:
+        return [name for name in LIBRARIES[kind] if importlib.util.find_spec(name) is None]
+
+    lacking = missing("html") if args.html else []
+    args.table = not missing("table")
+    if not args.table and not (args.json or args.csv or args.trace or args.out or args.html):
+        lacking = missing("table")
+    if lacking:
+        raise UsageError(f"this needs {', '.join(lacking)}: pip install 'restore_kernels[profile]'")
+
+
+# The options of all operators, by the name of the field that they set.
+_OPTIONS: dict[str, dataclasses.Field[Any]] = {
+    field.name: field
+    for case in OPERATORS.values()
+    for field in dataclasses.fields(case)  # type: ignore[arg-type]
+    if "flag" in field.metadata
+}
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="restore-kernels profile", allow_abbrev=False,
+        description="Time the operators against the published computation, say what bounds them and how far "
+        "they are from that. A backend whose results are wrong gets no time.",
+    )  # fmt: skip
+    parser.add_argument(
+        "operator", nargs="?", type=_parsed(one_of(*OPERATORS)), metavar="OPERATOR",
+        help=f"{', '.join(OPERATORS)}: all its registered cases, or the one that the options of the case say",
+    )  # fmt: skip
+    parser.add_argument("--all", action="store_true", help="every registered case of every operator")
+    parser.add_argument("--quick", action="store_true", help="leave out what takes long")
+
+    case = parser.add_argument_group("the case")
+    for name, field in _OPTIONS.items():
+        users = [o for o, kind in OPERATORS.items() if name in kind.__dataclass_fields__]  # type: ignore[attr-defined]
+        whose = "" if len(users) == len(OPERATORS) else f" ({', '.join(users)})"
+        case.add_argument(
+            f"--{field.metadata['flag']}", dest=name, type=_parsed(field.metadata["parse"]),
+            metavar=field.metadata["flag"].upper(), help=field.metadata["help"] + whose,
+        )  # fmt: skip
+    case.add_argument("--forward-only", action="store_true", help="without backward")
+
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--dtype", type=_parsed(one_of(*DTYPES)), action="append", metavar="DTYPE",
+        help=f"{', '.join(DTYPES)}; repeatable (default: float32, on a GPU bfloat16 too)",
+    )  # fmt: skip
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    how.add_argument(
+        "--device", type=_parsed(one_of(*CASES)), default=here, help=f"cpu or cuda (default: {here})"
+    )
+    how.add_argument("--threads", type=_positive(int), help="CPU threads (default: PyTorch's)")
+    how.add_argument("--seconds", type=_positive(float), help="measuring time per case (default: 3, quick 1)")
+    how.add_argument("--compile", action="store_true", help="also time torch.compile of the baseline")
+
+    out = parser.add_argument_group("results, beside the table")
+    out.add_argument("--json", type=Path, metavar="FILE", help="everything, as data")
+    out.add_argument("--csv", type=Path, metavar="FILE", help="one line per time measured")
+    out.add_argument(
+        "--html", type=Path, metavar="FILE", help="a page with plots that needs nothing beside it"
+    )
+    out.add_argument(
+        "--trace", type=Path, metavar="FILE", help="a Chrome trace of a step of everything timed"
+    )
+    out.add_argument("--out", type=Path, metavar="DIR", help="JSON named after the machine; with --all alone")
+
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        raise UsageError(f"there is no {unknown[0]}; nearest is {nearest(unknown[0], flags)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch finds no CUDA GPU here; nearest is cpu")
+    if bool(args.operator) == args.all:
+        raise UsageError(f"give either --all or one operator: {', '.join(OPERATORS)}")
+    if args.out and (args.operator or args.quick or args.forward_only or args.dtype):
+        raise UsageError("a results file has every case: --out goes with --all, nothing left out")
+    return args
+
+
+def _parsed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """As argparse wants it: what ValueError says becomes the message."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if (value := kind(text)) <= 0:
+            raise ValueError(f"must be positive; got {text}")
+        return value
+
+    return _parsed(parse)
