@@ -22,8 +22,6 @@
 // own nothing that needs a destructor.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -37,6 +35,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "context.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
@@ -107,7 +107,7 @@ struct Thread {
   Meeting meeting;  // while it waits
   std::vector<Copy> copies;                   // that have not happened yet
   std::deque<std::vector<Copy>> copy_groups;  // committed, oldest first
-  ucontext_t context;
+  Context context;
   std::unique_ptr<std::byte[]> stack = std::make_unique_for_overwrite<std::byte[]>(kStackBytes);
 
   bool waits_at(const Meeting& other) const { return state == kWaiting && meeting.same(other); }
@@ -222,11 +222,7 @@ class Block {
   void prepare(Thread& thread) {
     thread.copies.clear();
     thread.copy_groups.clear();
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = kStackBytes;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, enter, 0);
+    thread.context.prepare(thread.stack.get(), kStackBytes, enter);
   }
 
   static void enter() {
@@ -275,7 +271,7 @@ class Block {
     __sanitizer_start_switch_fiber(last ? nullptr : &fake_stack, to ? to->stack.get() : scheduler_stack_,
                                    to ? kStackBytes : scheduler_stack_bytes_);
 #endif
-    swapcontext(from ? &from->context : &scheduler_, to ? &to->context : &scheduler_);
+    (from ? from->context : scheduler_).change_to(to ? to->context : scheduler_);
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
@@ -291,7 +287,7 @@ class Block {
   const std::function<void()>* kernel_ = nullptr;
   std::map<const void*, std::unique_ptr<std::byte[]>> shared_;
   std::string failure_;
-  ucontext_t scheduler_;  // the caller of run()
+  Context scheduler_;  // the caller of run()
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_bytes_ = 0;
 };
