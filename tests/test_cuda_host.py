@@ -126,6 +126,24 @@ def test_matrix_fragments(kernels, dtype):
         assert torch.equal(d[:, i], (c + a @ b)[place].float())
 
 
+def test_loading_matrices(kernels):
+    x, lane = torch.randint(0, 1 << 15, (4, 8, 8), dtype=torch.int16), torch.arange(32)
+    words, transposed = torch.empty(2, 32, 4, dtype=torch.int32)
+    kernels.load_matrices(x.data_ptr(), words.data_ptr(), transposed.data_ptr(), 0)
+    for loaded, matrices in ((words, x), (transposed, x.mT)):
+        pairs = matrices[:, lane // 4].unflatten(-1, (4, 2))[:, lane, lane % 4]  # [matrix, lane, 2]
+        assert torch.equal(loaded.view(torch.int16).view(32, 4, 2), pairs.transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_packing(kernels, dtype):
+    special = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-8, -6e-5, 65519, 65520, 3.4e38]
+    x = torch.cat([torch.tensor(special), torch.randn(54) * 10.0 ** torch.arange(-27, 27)])
+    packed = torch.empty(32, dtype=torch.int32)
+    kernels.pack(str(dtype).removeprefix("torch."), x.data_ptr(), packed.data_ptr(), 32, 0)
+    torch.testing.assert_close(packed.view(dtype), x.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 # --- planted faults ------------------------------------------------------------------------------
 
 THREAD, BARRIER, SHUFFLE = (

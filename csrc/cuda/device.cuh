@@ -3,8 +3,9 @@
 //
 //   SHARED(Type, name)           shared memory of a named type (arrays in a struct), at most 48 KiB a kernel
 //   DYNAMIC_SHARED(Type, name)   pointer to the shared memory whose size the launch gives
-//   bfloat16, float16            elements in memory; unpack<T> turns a pair in a word into floats
+//   bfloat16, float16            elements in memory; unpack<T> turns a pair in a word into floats, pack<T> back
 //   copy_async, commit_copies, wait_for_copies   16 bytes from global to shared memory (cp.async)
+//   load_matrices                four 8 x 8 matrices of 16-bit elements into registers of one warp (ldmatrix)
 //   to_tf32, multiply_m16n8k8, multiply_m16n8k16 matrix instructions of one warp (mma.sync)
 //
 // On the host a copy happens either at once or when it is waited for, by the seed, so that a missing wait
@@ -48,6 +49,20 @@ __device__ __forceinline__ float2 unpack<float16>(unsigned pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
+// low and high, rounded to nearest, as the elements of a pair.
+template <typename T>
+__device__ unsigned pack(float low, float high);
+template <>
+__device__ __forceinline__ unsigned pack<bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const unsigned*>(&pair);
+}
+template <>
+__device__ __forceinline__ unsigned pack<float16>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const unsigned*>(&pair);
+}
+
 // The first `bytes` (0 to 16) of 16 bytes at `from`, zeros after them, to shared memory.
 __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
   const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
@@ -58,6 +73,24 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int pending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements in shared memory: lane l names 16 bytes, row l % 8 of matrix l / 8.
+// words[i] holds of matrix i, transposed if TRANSPOSED, the pair in row lane / 4 and columns 2 (lane % 4) on.
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_matrices(unsigned (&words)[4], const void* row) {
+  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  if constexpr (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(shared)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(shared)
+                 : "memory");
+  }
 }
 
 // Rounded to tf32's 10 bits of mantissa, to nearest, ties away from zero.
@@ -128,6 +161,22 @@ inline float2 unpack<float16>(unsigned pair) {
   return {value(pair), value(pair >> 16)};
 }
 
+template <typename T>
+unsigned pack(float low, float high);
+template <>
+inline unsigned pack<bfloat16>(float low, float high) {
+  const auto bits = [](float x) {
+    const unsigned word = __float_as_uint(x);
+    return x != x ? 0x7fffu : (word + 0x7fffu + (word >> 16 & 1)) >> 16;
+  };
+  return bits(low) | bits(high) << 16;
+}
+template <>
+inline unsigned pack<float16>(float low, float high) {
+  const auto bits = [](float x) { return unsigned{std::bit_cast<uint16_t>(static_cast<_Float16>(x))}; };
+  return bits(low) | bits(high) << 16;
+}
+
 inline void copy_async(void* to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes < 0 || bytes > 16)
     throw cuda_host::Error("copy_async needs addresses that are multiples of 16 and 0 to 16 bytes");
@@ -149,6 +198,29 @@ void wait_for_copies() {
   auto& groups = cuda_host::Block::current().running().copy_groups;
   for (; groups.size() > pending; groups.pop_front())
     for (const auto& copy : groups.front()) copy.perform();
+}
+
+template <bool TRANSPOSED>
+void load_matrices(unsigned (&words)[4], const void* row,
+                   const std::source_location& where = std::source_location::current()) {
+  if (reinterpret_cast<uintptr_t>(row) % 16)
+    throw cuda_host::Error("load_matrices needs addresses that are multiples of 16");
+  struct Call {
+    unsigned* words;
+    const uint16_t* row;
+  } mine{words, static_cast<const uint16_t*>(row)};
+  const auto combine = [](void* const* arguments, unsigned) {
+    const auto call = [&](unsigned lane) { return *static_cast<const Call*>(arguments[lane]); };
+    for (unsigned lane = 0; lane < cuda_host::kWarp; ++lane)
+      for (unsigned i = 0; i < 4; ++i) {
+        const unsigned r = lane / 4, c = lane % 4 * 2;
+        const auto element = [&](unsigned e) {
+          return unsigned{TRANSPOSED ? call(8 * i + c + e).row[r] : call(8 * i + r).row[c + e]};
+        };
+        call(lane).words[i] = element(0) | element(1) << 16;
+      }
+  };
+  cuda_host::Block::current().meet("load_matrices", 0xffffffff, &mine, combine, where);
 }
 
 inline unsigned to_tf32(float x) { return x != x ? 0x7fffffffu : (__float_as_uint(x) + 0x1000u) & ~0x1fffu; }

@@ -15,5 +15,7 @@ PYBIND11_MODULE(cuda_host_kernels, module) {
   module.def("warp_calls", warp_calls);
   module.def("histogram", histogram);
   module.def("multiply", multiply);
+  module.def("load_matrices", load_matrices);
+  module.def("pack", pack);
   module.def("fault", fault);
 }

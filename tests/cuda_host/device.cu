@@ -22,6 +22,8 @@ template __global__ void channel_gram_kernel<float16, 48, false>(Problem<float16
 namespace probes {
 template __global__ void reverse<Fence::kWarp>(const float*, float*);
 template __global__ void copy_through_shared<true>(const uint4*, uint4*, int);
+template __global__ void pack_pairs<bfloat16>(const float*, unsigned*);
+template __global__ void pack_pairs<float16>(const float*, unsigned*);
 template __global__ void multiply<float>(const unsigned (*)[4], const unsigned (*)[2], float (*)[4]);
 template __global__ void multiply<bfloat16>(const unsigned (*)[4], const unsigned (*)[2], float (*)[4]);
 template __global__ void multiply<float16>(const unsigned (*)[4], const unsigned (*)[2], float (*)[4]);

@@ -68,6 +68,16 @@ void multiply(const std::string& dtype, uintptr_t a, uintptr_t b, uintptr_t d, u
   cuda_host::launch(kernel, 1, 32, 0, seed, pointer<const unsigned[4]>(a), pointer<const unsigned[2]>(b), pointer<float[4]>(d));
 }
 
+void load_matrices(uintptr_t in, uintptr_t words, uintptr_t transposed, uint64_t seed) {
+  cuda_host::launch(probes::load_four_matrices, 1, 32, 0, seed, pointer<const unsigned short>(in), pointer<unsigned[4]>(words),
+         pointer<unsigned[4]>(transposed));
+}
+
+void pack(const std::string& dtype, uintptr_t in, uintptr_t pairs, unsigned threads, uint64_t seed) {
+  const auto kernel = dtype == "bfloat16" ? probes::pack_pairs<bfloat16> : probes::pack_pairs<float16>;
+  cuda_host::launch(kernel, 1, threads, 0, seed, pointer<const float>(in), pointer<unsigned>(pairs));
+}
+
 void fault(const std::string& name, uintptr_t out, uint64_t seed) {
   float* floats = pointer<float>(out);
   if (name == "some_threads_leave") return cuda_host::launch(probes::some_threads_leave, 2, 64, 0, seed);

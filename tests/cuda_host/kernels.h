@@ -29,6 +29,8 @@ void warp_calls(uintptr_t in, uintptr_t flipped, uintptr_t read, uintptr_t votes
 void histogram(uintptr_t in, uintptr_t bins, uintptr_t total, uintptr_t count, unsigned blocks, unsigned threads,
                uint64_t seed);
 void multiply(const std::string& dtype, uintptr_t a, uintptr_t b, uintptr_t d, uint64_t seed);
+void load_matrices(uintptr_t in, uintptr_t words, uintptr_t transposed, uint64_t seed);
+void pack(const std::string& dtype, uintptr_t in, uintptr_t pairs, unsigned threads, uint64_t seed);
 void fault(const std::string& name, uintptr_t out, uint64_t seed);
 
 }  // namespace restore_kernels::host_tests

@@ -74,6 +74,28 @@ __global__ void multiply(const unsigned (*a)[4], const unsigned (*b)[2], float (
   for (int i = 0; i < 4; ++i) d[threadIdx.x][i] = mine_d[i];
 }
 
+// Four matrices (8, 8) of 16-bit elements, as they are and transposed, to words (32, 4) of one warp.
+struct alignas(16) Matrices {
+  unsigned short element[4][8][8];
+};
+__global__ void load_four_matrices(const unsigned short* in, unsigned (*words)[4], unsigned (*transposed)[4]) {
+  SHARED(Matrices, shared);
+  const unsigned lane = threadIdx.x;
+  for (int i = 0; i < 8; ++i) shared.element[lane / 8][lane % 8][i] = in[lane * 8 + i];
+  __syncwarp();
+  unsigned mine[4];
+  load_matrices<false>(mine, shared.element[lane / 8][lane % 8]);
+  for (int i = 0; i < 4; ++i) words[lane][i] = mine[i];
+  load_matrices<true>(mine, shared.element[lane / 8][lane % 8]);
+  for (int i = 0; i < 4; ++i) transposed[lane][i] = mine[i];
+}
+
+// pairs[i] = in[2 i], in[2 i + 1] rounded to T.
+template <typename T>
+__global__ void pack_pairs(const float* in, unsigned* pairs) {
+  pairs[threadIdx.x] = pack<T>(in[2 * threadIdx.x], in[2 * threadIdx.x + 1]);
+}
+
 // --- planted faults -------------------------------------------------------------------------------
 
 __global__ void some_threads_leave() {

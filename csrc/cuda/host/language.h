@@ -5,6 +5,7 @@
 #pragma once
 
 #include <bit>
+#include <cmath>
 
 #include "execution.h"
 
@@ -26,6 +27,9 @@ struct alignas(16) uint4 {
 
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+
+inline float __expf(float x) { return std::exp(x); }
+inline float __fmul_rn(float x, float y) { return x * y; }
 
 template <typename T>
 T __ldg(const T* address) {
