@@ -8,6 +8,7 @@ from restore_kernels.backends import explain, use_backend
 from restore_kernels.info import info
 from restore_kernels.masked_attention import masked_attention
 from restore_kernels.pyramid_attention import pyramid_attention
+from restore_kernels.recording import record
 from restore_kernels.topk_attention import topk_attention
 from restore_kernels.version import __version__
 
@@ -17,6 +18,7 @@ __all__ = [
     "info",
     "masked_attention",
     "pyramid_attention",
+    "record",
     "topk_attention",
     "use_backend",
 ]

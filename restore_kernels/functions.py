@@ -6,14 +6,14 @@ where autograd does not watch: a view costs it more than the kernel that reads i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from restore_kernels import native
+from restore_kernels import checks, native, recording
 from restore_kernels.tensors import accumulate_dtype
 
 
@@ -35,7 +35,17 @@ def compiled_functions(backend: str) -> ModuleType | None:
     """
     if backend != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
+    if recording.active:  # sees the passes of Python's
+        return None
     return native.cpu_library().module
+
+
+def eager(name: str, definition: Callable[..., Tensor], *args: Any) -> Tensor:
+    """The eager definition of the operator ``name``, which keeps the dtypes of its arguments."""
+    with checks.no_autocast(args[0].device.type):
+        if not torch.compiler.is_compiling() and recording.active:
+            return recording.recorded_eager(name, definition, args)
+        return definition(*args)
 
 
 class BackwardFunction(OperatorFunction):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
-from restore_kernels import native
+from restore_kernels import native, recording
 
 BACKENDS = ("cpu", "triton", "cuda")
 
@@ -22,7 +23,7 @@ _library = torch.library.Library("restore_kernels", "FRAGMENT")
 
 def register(
     schemas: Mapping[str, str], fakes: Mapping[str, Callable], triton_module: str
-) -> Callable[[str, str], torch._ops.OpOverload]:
+) -> Callable[[str, str], Callable[..., Any]]:
     """Define the passes of an operator; returns what finds one: ``overload(name, backend)``.
 
     Args:
@@ -41,13 +42,16 @@ def register(
             overloads[name, backend] = getattr(getattr(torch.ops.restore_kernels, name), backend)
         _library.impl(f"{name}.triton", _imported(triton_module, name), "CompositeExplicitAutograd")
 
-    def overload(name: str, backend: str) -> torch._ops.OpOverload:
+    def overload(name: str, backend: str) -> Callable[..., Any]:
         """The operator ``restore_kernels::name`` of a backend, its library loaded."""
         if backend == "cpu":
             native.why_no_cpu_library()
         elif backend == "cuda":
             native.cuda_library()
-        return overloads[name, backend]
+        op = overloads[name, backend]
+        if not torch.compiler.is_compiling() and recording.active:
+            return recording.recorded(name, backend, op)
+        return op
 
     return overload
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from restore_kernels import checks
 from restore_kernels.backends import Call, choose
-from restore_kernels.functions import call_temperature
+from restore_kernels.functions import call_temperature, eager
 from restore_kernels.masked_attention import autograd, reference
 from restore_kernels.tensors import accumulate_dtype
 
@@ -68,15 +68,13 @@ def masked_attention(
         channel_inputs = (q, k, v, mask, temperature, out_proj, normalize)
         if chosen != "eager":
             return autograd.channel(*channel_inputs, chosen)
-        with checks.no_autocast(q.device.type):
-            return reference.channel(*channel_inputs)
+        return eager("masked_attention_channel", reference.channel, *channel_inputs)
     if mask is not None:
         mask = mask.to(dtype).expand(batch, heads, k.shape[2])
     token_inputs = (q, k, v, mask, temperature, normalize)
     if chosen != "eager":
         return autograd.token(*token_inputs, chosen)
-    with checks.no_autocast(q.device.type):
-        return reference.token(*token_inputs)
+    return eager("masked_attention_token", reference.token, *token_inputs)
 
 
 def _check(q, k, v, mask, temperature, layout, out_proj) -> None:

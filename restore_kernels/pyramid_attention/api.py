@@ -10,6 +10,7 @@ from torch import Tensor
 
 from restore_kernels import checks
 from restore_kernels.backends import Call, choose
+from restore_kernels.functions import eager
 from restore_kernels.pyramid_attention import autograd, reference
 
 PATCH_SIZES = (1, 3, 5, 7)
@@ -58,8 +59,8 @@ def pyramid_attention(
     if chosen != "eager":
         differentiable = autograd.hard if hard else autograd.soft
         return differentiable(query, keys, values, *settings, chosen)
-    with checks.no_autocast(query.device.type):
-        return reference.pyramid_attention(query, keys, values, *settings, hard)
+    name = "pyramid_attention_hard" if hard else "pyramid_attention"
+    return eager(name, reference.pyramid_attention, query, keys, values, *settings, hard)
 
 
 def _autocast(query: Any, keys: Any, values: Any) -> tuple[Any, list[Any], list[Any]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from restore_kernels import checks
 from restore_kernels.backends import Call, choose
-from restore_kernels.functions import call_temperature
+from restore_kernels.functions import call_temperature, eager
 from restore_kernels.tensors import accumulate_dtype
 from restore_kernels.topk_attention import autograd, reference
 
@@ -74,13 +74,11 @@ def topk_attention(
         channel_inputs = (q, k, v, temperature, weights, out_proj, counts, normalize)
         if chosen != "eager":
             return autograd.channel(*channel_inputs, chosen)
-        with checks.no_autocast(q.device.type):
-            return reference.channel(*channel_inputs)
+        return eager("topk_attention_channel", reference.channel, *channel_inputs)
     token_inputs = (q, k, v, temperature, weights, counts, normalize)
     if chosen != "eager":
         return autograd.token(*token_inputs, chosen)
-    with checks.no_autocast(q.device.type):
-        return reference.token(*token_inputs)
+    return eager("topk_attention_token", reference.token, *token_inputs)
 
 
 def _check(q, k, v, topk, weights, temperature, layout, out_proj) -> list[int]:
