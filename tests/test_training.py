@@ -357,14 +357,14 @@ def test_recipe_run_can_be_resumed_after_a_crash(recipe_file, tmp_path, monkeypa
 
     recipe = load_recipe(recipe_file(out=str(tmp_path / "crashed")))
     with monkeypatch.context() as patch:
-        step = Trainer._step
+        step = Trainer.step
 
         def crash_at_step_4(self, degraded, clean):
             if len(self.losses) == 3:
                 raise MemoryError
             return step(self, degraded, clean)
 
-        patch.setattr(Trainer, "_step", crash_at_step_4)
+        patch.setattr(Trainer, "step", crash_at_step_4)
         with pytest.raises(MemoryError):
             run_recipe(recipe, False, Silent())
     with pytest.raises(FileExistsError, match="resume it with --resume"):

@@ -119,28 +119,28 @@ def _pixels(count: int) -> str:
 
 def attention_calls(model: nn.Module, batch: Tensor) -> list[Call]:
     """The different calls of attention operators that a network makes for a batch (B, 3, H, W)."""
-    with _recorded() as calls, torch.no_grad():
+    calls: list[Call] = []
+    with wrapped_operators(partial(_recording, calls)), torch.no_grad():
         model(batch)
     return calls
 
 
 @contextmanager
-def _recorded() -> Iterator[list[Call]]:
-    """The different calls that the networks' modules make in the block, in their order."""
-    calls: list[Call] = []
+def wrapped_operators(wrap: Callable[[str, Callable[..., Tensor]], Callable[..., Tensor]]) -> Iterator[None]:
+    """In the block, the networks' modules call ``wrap(name, operator)`` instead of each operator."""
     modules = [module for name, module in sys.modules.items() if name.startswith(_CALLERS)]
     names = [(module, name) for module in modules for name in OPERATORS if hasattr(module, name)]
     originals = [(module, name, getattr(module, name)) for module, name in names]
     try:
         for module, name, original in originals:
-            setattr(module, name, _recording(name, original, calls))
-        yield calls
+            setattr(module, name, wrap(name, original))
+        yield
     finally:
         for module, name, original in originals:
             setattr(module, name, original)
 
 
-def _recording(name: str, operator: Callable[..., Tensor], calls: list[Call]) -> Callable[..., Tensor]:
+def _recording(calls: list[Call], name: str, operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     describe = _pyramid_call if name == "pyramid_attention" else partial(_attention_call, name)
 
     @wraps(operator)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.data import DataLoader
 
 from restore_nets.data import Crops
@@ -19,6 +21,7 @@ from restore_nets.metrics import SSIM_WINDOW
 from restore_nets.restoring import scale_of
 
 PRECISIONS = ("float32", "bfloat16")
+PHASES = ("forward", "loss", "backward", "optimizer")  # of a step
 ADAM_BETAS = (0.9, 0.99)
 MAX_GRADIENT_NORM = 1.0
 WARMUP_SHARE = 0.05  # of all steps
@@ -84,6 +87,8 @@ class Trainer:
 
     Attributes:
         losses: one per step taken; their number is the next step.
+        phase: ``with phase(name):`` surrounds each of the ``PHASES`` of a step; by default the ranges that
+            torch.profiler shows under these names.
 
     Raises:
         ValueError, RuntimeError: a device that does not exist, or crops that do not fit.
@@ -108,6 +113,7 @@ class Trainer:
             _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=ADAM_BETAS
         )
         self.losses: list[float] = []
+        self.phase: Callable[[str], AbstractContextManager[Any]] = record_function
 
     def train(self, on_step: Callable[[float], None] | None = None, until: int | None = None) -> None:
         """Take the remaining steps, or those up to step ``until``.
@@ -126,29 +132,33 @@ class Trainer:
         )  # fmt: skip
         self.model.train()
         for degraded, clean in loader:
-            loss = self._step(degraded.to(self.device), clean.to(self.device))
+            loss = self.step(degraded.to(self.device), clean.to(self.device))
             self.losses.append(loss)
             if on_step is not None:
                 on_step(loss)
 
-    def _step(self, degraded: Tensor, clean: Tensor) -> float:
+    def step(self, degraded: Tensor, clean: Tensor) -> float:
+        """One step on a batch (see ``Crops``) on the device, as ``train`` takes them; returns the loss."""
         step = len(self.losses)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * schedule(step, self.config.steps)
         narrow = self.config.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=narrow):
+        with self.phase("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=narrow):
             output = self.model(degraded.contiguous(memory_format=torch.channels_last))
-        weights = (self.config.half_weight, self.config.edge_weight, self.config.ssim_weight)
-        loss = training_loss(output, clean, *weights)
-        value = loss.item()
+        with self.phase("loss"):
+            weights = (self.config.half_weight, self.config.edge_weight, self.config.ssim_weight)
+            loss = training_loss(output, clean, *weights)
+            value = loss.item()
         if not math.isfinite(value):
             raise RuntimeError(
                 f"training diverged: the loss of step {step + 1} is {value}; try a lower learning rate"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
-        self.optimizer.step()
+        with self.phase("backward"):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        with self.phase("optimizer"):
+            nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
+            self.optimizer.step()
         return value
 
     def save(self, path: Path, recipe: dict[str, Any]) -> None:
