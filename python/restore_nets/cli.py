@@ -1,4 +1,4 @@
-"""The command line: restore-nets demo, train, restore, models.
+"""The command line: restore-nets demo, train, restore, profile, models.
 
 Modules that load PyTorch are imported by the commands that need them, so that --help is quick.
 """
@@ -203,6 +203,53 @@ def restore(
         _complain(reason if str(source) in reason else f"{source}: {reason}")
     if failures:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Option(metavar="NAME", help="The network, see the command models.")],
+    size: Annotated[int, typer.Option(help="Height and width of the image that it sees, in pixels.")] = 128,
+    batch: Annotated[int, typer.Option(help="Images per step.")] = 1,
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME", help="float32, or bf16 for mixed precision (autocast).")
+    ] = "float32",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Time eager PyTorch under torch.compile too.")
+    ] = False,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="An option of the network, see the command models. Repeatable."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all figures, as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with plots.")] = None,
+) -> None:
+    """Say where a training step of a network spends its time on this machine.
+
+    Forward, loss, backward and AdamW, with our operators and in eager PyTorch, which take turns; by phase,
+    by kind of operator, by module and by operator, with the peak memory of each.
+    """
+    import json
+
+    from rich.console import Console
+
+    from restore_nets.files import check_folder, write_text
+    from restore_nets.profile_report import page, print_report
+    from restore_nets.profiling import Step, profile_step
+
+    step = Step(model, size, batch, dtype, _network_options(option or []))
+    for path in (out, html):
+        if path is not None:
+            check_folder(path)
+    console = Console()
+    with console.status("starting") as status:
+        result = profile_step(step, compiled=compiled, on_stage=status.update)
+    print_report(result, console)
+    if out is not None:
+        write_text(out, json.dumps(result, indent=1) + "\n")
+    if html is not None:
+        write_text(html, page(result))
 
 
 @app.command()

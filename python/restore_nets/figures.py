@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -78,6 +79,23 @@ def agreement_curve(differences: Sequence[float], noise: Sequence[Sequence[float
     axes.set(xlabel="step", ylabel="difference from eager", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
+    return figure
+
+
+def stacked_bars(seconds: Mapping[str, Mapping[str, float]]) -> Figure:
+    """A horizontal bar for every alternative, made of its parts: name -> part -> seconds."""
+    parts = list(dict.fromkeys(part for bar in seconds.values() for part in bar))
+    figure = Figure(figsize=(7, 1.6 + 0.5 * len(seconds) + 0.11 * len(parts)), layout="constrained")
+    axes = figure.subplots()
+    names = list(seconds)[::-1]  # the first on top
+    left = np.zeros(len(names))
+    for number, part in enumerate(parts):
+        widths = np.array([1e3 * seconds[name].get(part, 0.0) for name in names])
+        color = colormaps["tab20"](number % 20)
+        axes.barh(names, widths, left=left, label=part, color=color, height=0.6)
+        left += widths
+    axes.set(xlabel="ms")
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize="small")
     return figure
 
 

@@ -34,3 +34,16 @@ def written_whole(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_folder(path: Path) -> None:
+    """That a file can be written there as far as its folder goes, before the work that leads to it.
+
+    Raises:
+        NotADirectoryError: its folder does not exist.
+        IsADirectoryError: it is a folder itself.
+    """
+    if not path.parent.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: there is no folder {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} cannot be written: it is a folder")

@@ -1,0 +1,243 @@
+"""Profiles one training step of a network on this machine: our operators against eager PyTorch.
+
+The step is the trainer's own: forward, loss, backward, clipping, AdamW, with the loss, the layout and the
+precision of a recipe. The alternatives take turns in one process; a step whose loss or gradient is not
+eager's, as far as rounding allows, gets no times.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+import restore_kernels
+from restore_kernels.info import info
+from restore_kernels.profiling.machine import peak_extra_memory, processor_name
+from restore_kernels.profiling.measure import Timing, interleave
+from restore_nets.attribution import Breakdown, Ranges, break_down
+from restore_nets.data import synthetic_crops
+from restore_nets.demo_recipes import DEFAULT_MODELS, DEFAULT_TASK
+from restore_nets.kernel_checks import NOISE_MULTIPLE
+from restore_nets.models import create_model
+from restore_nets.models.options import check_choice, check_integer
+from restore_nets.recipe import SHIPPED, DataRecipe, Recipe
+from restore_nets.restoring import scale_of
+from restore_nets.tasks import create_task
+from restore_nets.training import PHASES, Trainer
+
+DTYPES = {"float32": "float32", "bf16": "bfloat16"}  # as for TrainingConfig.precision
+EAGER, OURS, COMPILED = "eager", "ours", "torch.compile"
+
+SECONDS, MIN_RUNS = 10.0, 3  # of measuring, all alternatives together; steps of each at the least
+PROFILED_STEPS = 3  # of which the quickest counts: what disturbs the machine slows single operators
+# Differences from eager below this many units of the precision's rounding are none.
+FLOOR = 8.0
+# The recipe's number of steps: the first of that many moves the weights by next to nothing, so that all
+# steps measured do the same work.
+RECIPE_STEPS = 100_000
+WARM_UP_SIDE = 32  # of the image of a step that loads libraries, starts threads and makes AdamW's state
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step.
+
+    Args:
+        model: a network's name, as for ``create_model``.
+        size: height and width of the image that the network sees, in pixels.
+        batch: images.
+        dtype: ``"float32"``, or ``"bf16"`` for autocast.
+        options: of the network.
+
+    Raises:
+        TypeError, ValueError: a value that does not fit; the message names it and one that is near.
+    """
+
+    model: str
+    size: int = 128
+    batch: int = 1
+    dtype: str = "float32"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_integer("size", self.size)
+        check_integer("batch", self.batch)
+        check_choice("dtype", self.dtype, tuple(DTYPES))
+        with torch.device("meta"):
+            create_model(self.model, **self.options)
+
+    def trainer(self) -> Trainer:
+        """A trainer by the recipe of the network's usual task, on noise; the same one every time."""
+        torch.manual_seed(0)
+        model = create_model(self.model, **self.options)
+        task = next((task for task, name in DEFAULT_MODELS.items() if name == self.model), DEFAULT_TASK)
+        level = {"scale": scale_of(model)} if scale_of(model) > 1 else {}
+        recipe = Recipe(
+            {"name": self.model, **self.options}, DataRecipe(photos=SHIPPED), Path(), RECIPE_STEPS,
+            create_task(task, **level), batch=self.batch, crop=self.size * scale_of(model),
+            precision=DTYPES[self.dtype],
+        )  # fmt: skip
+        photo = torch.randint(256, (3, recipe.crop, recipe.crop), dtype=torch.uint8)
+        data = (RECIPE_STEPS, recipe.batch, recipe.crop, recipe.seed)
+        crops = synthetic_crops(recipe.task, {"noise": photo}, *data)
+        return Trainer(model, crops, recipe.training_config())
+
+
+class Alternative:
+    """One way to compute the step, called again and again on one batch; keeps the times of its phases."""
+
+    def __init__(self, step: Step, name: str) -> None:
+        self.trainer = step.trainer()
+        self.backend = "auto" if name == OURS else "eager"
+        if name == COMPILED:
+            self.trainer.model.compile(dynamic=False)
+        self.batch = self.trainer.crops[0]
+        self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase].append(time.perf_counter() - started)
+
+    def __call__(self) -> float:
+        self.trainer.phase = self._timed
+        return self._step()
+
+    def _step(self) -> float:
+        self.trainer.model.train()
+        with restore_kernels.use_backend(self.backend):
+            return self.trainer.step(*self.batch)
+
+    def profiled(self) -> Breakdown:
+        def step(ranges: Ranges) -> None:
+            self.trainer.phase = ranges.of
+            self._step()
+
+        return break_down(step, self.trainer.model, PROFILED_STEPS)
+
+    def phases(self, runs: int) -> dict[str, dict[str, Any]]:
+        """Of the last runs: each phase's times and its share of all phases' mean time."""
+        last = {phase: seconds[-runs:] for phase, seconds in self.seconds.items()}
+        total = sum(map(fmean, last.values()))
+        return {p: {**asdict(Timing.of(s)), "share": fmean(s) / total} for p, s in last.items()}
+
+    def gradient(self) -> torch.Tensor:
+        """Of the last step, of all weights: (number of weights,)."""
+        return torch.cat([p.grad.flatten() for p in self.trainer.model.parameters() if p.grad is not None])
+
+    def move_weights(self, epsilon: float) -> None:
+        """Change every weight by one unit of rounding, up or down at random."""
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in self.trainer.model.parameters():
+                up = torch.rand(weight.shape, generator=generator) < 0.5
+                weight.mul_(torch.where(up, 1 + epsilon, 1 - epsilon))
+
+
+def profile_step(
+    step: Step, *, compiled: bool = False, seconds: float = SECONDS,
+    on_stage: Callable[[str], object] = lambda stage: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure a step with our operators and in eager PyTorch.
+
+    Args:
+        step: what to measure.
+        compiled: eager PyTorch under torch.compile too.
+        seconds: of measuring, all alternatives together; every one makes at least 3 steps.
+        on_stage: called with a word or two before each part of the work.
+
+    Returns:
+        Plain data: the step, the machine, and per alternative the seconds of a step (median, p20, p80,
+        runs), those of its phases, its loss, its peak memory beyond weights, gradients and AdamW's state,
+        and a ``Breakdown`` (not of torch.compile, whose kernels hide it). An alternative that is wrong
+        stands under "wrong", with the reason.
+    """
+    names = (EAGER, OURS, COMPILED) if compiled else (EAGER, OURS)
+    on_stage("comparing losses and gradients")
+    alternatives = {name: Alternative(step, name) for name in names}
+    losses, wrong = _check(step, alternatives)
+    right = {name: alternative for name, alternative in alternatives.items() if name not in wrong}
+    on_stage("timing")
+    timings = interleave(right, seconds=seconds, min_runs=MIN_RUNS, warm_ups=1)
+    result: dict[str, Any] = {
+        "step": asdict(step),
+        "parameters": sum(p.numel() for p in alternatives[EAGER].trainer.model.parameters()),
+        "machine": {**info(), "processor": processor_name()},
+        "alternatives": {},
+        "wrong": wrong,
+    }
+    for name, alternative in right.items():
+        row = result["alternatives"][name] = {
+            **asdict(timings[name]), "loss": losses[name], "phases": alternative.phases(timings[name].runs),
+        }  # fmt: skip
+        if name != COMPILED:
+            on_stage(f"profiling {name}")
+            row["breakdown"] = asdict(alternative.profiled())
+    del alternatives, alternative, right  # the memory of the next processes
+    for name, row in result["alternatives"].items():
+        on_stage(f"peak memory of {name}")
+        row["peak_extra_bytes"] = _memory(step, name)
+    return result
+
+
+def _check(step: Step, alternatives: Mapping[str, Alternative]) -> tuple[dict[str, float], dict[str, str]]:
+    """The losses of a first step of each, and why those that are wrong are.
+
+    What rounding alone does to loss and gradient is measured: by an eager step whose weights are moved
+    by one unit of rounding.
+    """
+    epsilon = torch.finfo(getattr(torch, DTYPES[step.dtype])).eps
+    losses = {name: alternative() for name, alternative in alternatives.items()}
+    truth, loss = alternatives[EAGER].gradient(), losses[EAGER]
+
+    def differences(other: Alternative, other_loss: float) -> dict[str, float]:
+        gradient = (other.gradient() - truth).norm() / truth.norm()
+        return {"loss": abs(other_loss - loss) / loss, "gradient": float(gradient)}
+
+    moved = Alternative(step, EAGER)
+    moved.move_weights(epsilon)
+    noise = differences(moved, moved())
+    wrong = {}
+    for name in alternatives.keys() - {EAGER}:
+        for what, difference in differences(alternatives[name], losses[name]).items():
+            if not difference <= max(NOISE_MULTIPLE * noise[what], FLOOR * epsilon):
+                wrong[name] = (
+                    f"{what} differs by {difference:.1e} from eager's, by rounding {noise[what]:.1e}"
+                )
+    return losses, wrong
+
+
+def _memory(step: Step, name: str) -> int | None:
+    """Peak extra memory of a step, in a process of its own."""
+    script = "import sys; from restore_nets.profiling import print_memory; print_memory(*sys.argv[1:])"
+    arguments = (json.dumps(asdict(step)), name, str(torch.get_num_threads()))
+    run = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    if run.returncode:
+        reason = run.stderr.strip().splitlines()[-1:] or [f"exit status {run.returncode}"]
+        raise RuntimeError(f"measuring the memory of {name} failed: {reason[0]}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def print_memory(step: str, name: str, threads: str) -> None:
+    """What the process of ``_memory`` does: bytes of the second step, after a small one, as JSON."""
+    torch.set_num_threads(int(threads))
+    whole = Step(**json.loads(step))
+    alternative = Alternative(whole, name)
+    batch = alternative.batch
+    side = min(WARM_UP_SIDE, whole.size)
+    scale = scale_of(alternative.trainer.model)
+    alternative.batch = (batch[0][..., :side, :side], batch[1][..., : side * scale, : side * scale])
+    alternative()
+    alternative.batch = batch
+    print(json.dumps(peak_extra_memory(alternative, "cpu")))

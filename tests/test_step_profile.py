@@ -1,0 +1,237 @@
+"""The profile of a training step: whose time is whose, and that nothing is lost or counted twice."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from restore_nets import cli, list_models, profiling
+from restore_nets.attribution import KINDS, OUTSIDE, break_down, convolution_kind
+from restore_nets.profile_report import kind_seconds, page, tables, title
+from restore_nets.profiling import EAGER, OURS, Alternative, Step, profile_step
+from restore_nets.training import PHASES
+
+ROOT = Path(__file__).parents[1]
+_U = {"dim": 8, "num_blocks": [1, 1, 1, 1], "heads": [1, 1, 1, 1], "ffn_expansion": 1.0}
+TINY = {
+    "association": {"n_feat": 4, "heads": 1, "num_blocks": 1, "tokens": 2, "token_layers": 1},
+    "ddsa": _U,
+    "drsformer": {**_U, "mefc": False},
+    "elf": {"n_feat": 4},
+    "pa_edsr": {"n_resblocks": 2, "n_feats": 8, "scale": 3},
+    "panet": {"n_resblocks": 2, "n_feats": 4},
+}
+OPERATOR = {
+    "association": "masked_attention", "ddsa": "topk_attention", "drsformer": "topk_attention",
+    "elf": "masked_attention", "pa_edsr": "pyramid_attention", "panet": "pyramid_attention",
+}  # fmt: skip
+
+
+def tiny(name: str, **others) -> Step:
+    return Step(name, 16, options=TINY[name], **others)
+
+
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("steps", ROOT / "benchmarks" / "steps.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def result() -> dict:
+    return profile_step(tiny("drsformer"), seconds=0.0)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_second_of_a_step_is_attributed_once(name):
+    breakdown = Alternative(tiny(name), OURS).profiled()
+    assert breakdown.phases.keys() == set(PHASES)
+    ways = {
+        "phases": sum(breakdown.phases.values()),
+        "kinds": sum(sum(kind.values()) for kind in breakdown.kinds.values()),
+        "modules": sum(module.exclusive for module in breakdown.modules.values()),
+        "operators": sum(seconds for _, seconds in breakdown.operators.values()),
+    }
+    for way, seconds in ways.items():
+        assert seconds == pytest.approx(breakdown.seconds, rel=1e-6), way
+    attention = breakdown.modules[OPERATOR[name]]
+    assert attention.calls and attention.forward and attention.backward
+    assert breakdown.kinds["attention"].keys() == {"forward", "backward"}
+    assert breakdown.kinds["dense convolution"].keys() == {"forward", "backward"}
+    whole = breakdown.modules[type(Alternative(tiny(name), OURS).trainer.model).__name__]
+    assert whole.calls == 1 and whole.inclusive < breakdown.seconds
+    assert all(0 <= m.exclusive <= m.inclusive * (1 + 1e-9) for m in breakdown.modules.values())
+
+
+class Mixed(nn.Module):
+    """One of each: with an input that needs no gradient, and a residual connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+        self.grouped = nn.Conv2d(8, 4, 3, groups=4)
+        self.last = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+    def forward(self, x):
+        return self.last(self.grouped(self.depthwise(self.first(x))))
+
+
+def test_work_is_that_of_its_module_and_kind():
+    model, image = Mixed(), torch.rand(1, 3, 16, 16)
+
+    def step(ranges):
+        with ranges.of("forward"):
+            y = model(image)
+        with ranges.of("loss"):
+            loss = y.mul(2).square().mean()
+        with ranges.of("backward"):
+            loss.backward()
+
+    found = break_down(step, model, steps=2)
+    for kind in ("depthwise", "grouped", "pointwise", "dense"):
+        assert found.kinds[f"{kind} convolution"].keys() == {"forward", "backward"}
+    assert found.kinds["activation, gate"].keys() == {"forward", "backward"}  # ReLU; the loss's mul is not
+    assert found.operators["aten::convolution_backward"][0] == 4
+    assert {name: module.calls for name, module in found.modules.items() if name[0] != "("} == {
+        "Mixed": 1, "Conv2d": 4, "Sequential": 1, "ReLU": 1,
+    }  # fmt: skip
+    convolutions = sum(sum(found.kinds[f"{kind} convolution"].values()) for kind in (
+        "depthwise", "grouped", "pointwise", "dense",
+    ))  # fmt: skip
+    assert convolutions <= found.modules["Conv2d"].exclusive <= 1.0001 * found.modules["Mixed"].inclusive
+    assert found.modules["(loss)"].backward > 0
+    assert not model._forward_hooks and not model.first._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("weight", "kind"),
+    [
+        ((8, 1, 5, 5), "depthwise"),
+        ((4, 2, 3, 3), "grouped"),
+        ((6, 8, 1, 1), "pointwise"),
+        ((6, 8, 3, 3), "dense"),
+    ],
+)
+def test_convolution_kinds(weight, kind):
+    assert convolution_kind((2, 8, 9, 9), weight) == f"{kind} convolution"
+
+
+def test_a_result(result):
+    assert result["wrong"] == {} and list(result["alternatives"]) == [EAGER, OURS]
+    eager, ours = result["alternatives"].values()
+    assert ours["loss"] == pytest.approx(eager["loss"], rel=1e-6)
+    for row in (eager, ours):
+        assert row["runs"] >= profiling.MIN_RUNS and 0 < row["p20"] <= row["median"] <= row["p80"]
+        assert sum(phase["share"] for phase in row["phases"].values()) == pytest.approx(1)
+        together = sum(phase["median"] for phase in row["phases"].values())
+        assert row["phases"].keys() == set(PHASES) and together < 1.5 * row["p80"]
+        assert row["peak_extra_bytes"] is None or row["peak_extra_bytes"] > 0
+    kernels = [
+        [name for name in row["breakdown"]["operators"] if name.startswith("restore_kernels::")]
+        for row in (eager, ours)
+    ]
+    assert kernels[0] == []
+    assert kernels[1] or result["machine"]["backends"]["cpu"] != "available"
+
+
+def test_the_report_shows_all_of_it(result):
+    text = page(result)
+    assert text.count("<svg") == 2 and not re.search(r'(src|href)="(?!#|data:)', text)
+    assert "1x3x16x16" in title(result)
+    steps, kinds, modules, operators = tables(result)
+    assert [row[0] for row in steps.rows] == [EAGER, OURS]
+    assert {row[0] for row in kinds.rows} == set(kind_seconds(result["alternatives"][EAGER]["breakdown"]))
+    assert {"TransformerBlock", "topk_attention"} <= {row[0] for row in modules.rows}
+    assert OUTSIDE in {row[0] for row in operators.rows}
+    for table in (steps, kinds, modules, operators):
+        assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
+@pytest.mark.parametrize("dtype", profiling.DTYPES)
+def test_a_wrong_gradient_gets_no_times(dtype, monkeypatch):
+    """A thousandth of one tensor's gradient is enough in float32; bf16 itself rounds by more."""
+    step = tiny("panet", dtype=dtype)
+    fault = {"float32": 1e-3, "bf16": 1.0}[dtype]
+    call = Alternative.__call__
+    monkeypatch.setattr(profiling, "_memory", lambda *_: None)
+
+    def faulty(self):
+        loss = call(self)
+        if self.backend == "auto":
+            self.trainer.model.head[0].weight.grad.mul_(1 + fault)
+        return loss
+
+    assert profiling._check(step, {n: Alternative(step, n) for n in (EAGER, OURS)})[1] == {}
+    monkeypatch.setattr(Alternative, "__call__", faulty)
+    result = profile_step(step, seconds=0.0)
+    assert list(result["alternatives"]) == [EAGER]
+    assert "gradient differs" in result["wrong"][OURS]
+    assert "wrong: gradient" in tables(result)[0].rows[1][1]
+
+
+def test_compiled_eager_is_an_alternative(monkeypatch):
+    monkeypatch.setattr(profiling, "_memory", lambda *_: None)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: setattr(self, "was_compiled", True))
+    result = profile_step(tiny("panet"), compiled=True, seconds=0.0)
+    assert list(result["alternatives"]) == [EAGER, OURS, profiling.COMPILED]
+    assert "breakdown" not in result["alternatives"][profiling.COMPILED]
+    assert len(tables(result)[0].rows) == 3
+
+
+OPTIONS = [part for key, value in TINY["panet"].items() for part in ("--option", f"{key}={value}")]
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(profiling, "SECONDS", 0.0)
+    out, html = tmp_path / "step.json", tmp_path / "step.html"
+    arguments = ["--model", "panet", "--size", "12", "--batch", "2", "--dtype", "bf16", *OPTIONS]
+    assert cli.run(["profile", *arguments, "--out", str(out), "--html", str(html)]) == 0
+    shown = capsys.readouterr().out
+    assert "panet" in shown and "2x3x12x12, bf16" in shown and "attention, backward" in shown
+    result = json.loads(out.read_text())
+    assert result["step"]["batch"] == 2 and result["alternatives"].keys() == {EAGER, OURS}
+    assert html.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing option '--model'"),
+        (["--model", "drsfomer"], "got 'drsfomer', did you mean drsformer?"),
+        (["--model", "panet", "--dtype", "float23"], "got 'float23', did you mean float32"),
+        (["--model", "panet", "--dtype", "bf61"], "got 'bf61', did you mean bf16"),
+        (["--model", "panet", "--size", "0"], "size must be at least 1; got 0"),
+        (["--model", "panet", "--size", "big"], "Invalid value for '--size'"),
+        (["--model", "panet", "--batch", "-1"], "batch must be at least 1; got -1"),
+        (["--model", "panet", "--siez", "48"], "No such option: --siez (Possible options: --size)"),
+        (["--model", "panet", "--option", "n_feat=4"], "did you mean n_feats"),
+        (["--model", "panet", "--out", "absent/a.json"], "there is no folder absent"),
+        (["--model", "panet", "--html", "."], "it is a folder"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["profile", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_of_training_shows_the_results():
+    steps = script()
+    assert steps.PAGE.read_text() == steps.page(), "run python benchmarks/steps.py --table"
+
+
+def test_the_table_has_a_column_for_every_network(result):
+    text = script().machine_tables([result])
+    assert "drsformer" in text and all(kind.split(" ")[0] in text for kind in KINDS)
