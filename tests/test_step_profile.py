@@ -53,7 +53,7 @@ def result() -> dict:
 
 @pytest.mark.parametrize("name", list_models())
 def test_every_second_of_a_step_is_attributed_once(name):
-    breakdown = Alternative(tiny(name), OURS).profiled()
+    breakdown = Alternative(tiny(name), OURS).profiled(steps=2)
     assert breakdown.phases.keys() == set(PHASES)
     ways = {
         "phases": sum(breakdown.phases.values()),

@@ -8,6 +8,7 @@ the graph by a node for every input and output, and would miss modules whose inp
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -153,7 +154,11 @@ def break_down(step: Callable[[Ranges], object], model: nn.Module, steps: int) -
     with ranges.over(model), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         for _ in range(steps):
             step(ranges)
-    events: Sequence[Any] = profiler.events() or []
+    gc.disable()  # the profiler makes 100,000 objects, and collecting garbage looks at each again and again
+    try:
+        events: Sequence[Any] = profiler.events() or []
+    finally:
+        gc.enable()
     phases = [event for event in events if event.cpu_parent is None and event.name.startswith(_RANGE)]
     each = len(phases) // steps
     taken = [phases[start : start + each] for start in range(0, len(phases), each)]

@@ -119,12 +119,12 @@ class Alternative:
         with restore_kernels.use_backend(self.backend):
             return self.trainer.step(*self.batch)
 
-    def profiled(self) -> Breakdown:
+    def profiled(self, steps: int) -> Breakdown:
         def step(ranges: Ranges) -> None:
             self.trainer.phase = ranges.of
             self._step()
 
-        return break_down(step, self.trainer.model, PROFILED_STEPS)
+        return break_down(step, self.trainer.model, steps)
 
     def phases(self, runs: int) -> dict[str, dict[str, Any]]:
         """Of the last runs: each phase's times and its share of all phases' mean time."""
@@ -183,7 +183,7 @@ def profile_step(
         }  # fmt: skip
         if name != COMPILED:
             on_stage(f"profiling {name}")
-            row["breakdown"] = asdict(alternative.profiled())
+            row["breakdown"] = asdict(alternative.profiled(PROFILED_STEPS))
     del alternatives, alternative, right  # the memory of the next processes
     for name, row in result["alternatives"].items():
         on_stage(f"peak memory of {name}")
