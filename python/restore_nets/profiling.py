@@ -7,6 +7,7 @@ eager's, as far as rounding allows, gets no times.
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -184,7 +185,8 @@ def profile_step(
         if name != COMPILED:
             on_stage(f"profiling {name}")
             row["breakdown"] = asdict(alternative.profiled(PROFILED_STEPS))
-    del alternatives, alternative, right  # the memory of the next processes
+    del alternatives, alternative, right  # the next processes need their memory
+    gc.collect()
     for name, row in result["alternatives"].items():
         on_stage(f"peak memory of {name}")
         row["peak_extra_bytes"] = _memory(step, name)
