@@ -90,7 +90,7 @@ def has_nvcc():
 def architecture_flags():
     """nvcc's flags for a list such as "8.0;9.0a;10.0+PTX"."""
     flags = []
-    for name in os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES).replace(" ", ";").split(";"):
+    for name in (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES).replace(" ", ";").split(";"):
         number = name.removesuffix("+PTX").replace(".", "")
         code = f"[sm_{number},compute_{number}]" if name.endswith("+PTX") else f"sm_{number}"
         flags.append(f"-gencode=arch=compute_{number},code={code}")

@@ -35,6 +35,9 @@ def info() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "compute_capability": "{}.{}".format(*torch.cuda.get_device_capability())
+        if torch.cuda.is_available()
+        else None,
         "cpu_library": library.name,
         "cpu_build": library.module.build_info() if library.module else None,
         "cuda_build": None if native.cuda_library().why_not else torch.ops.restore_kernels.cuda_build_info(),

@@ -113,3 +113,21 @@ def test_tables_and_the_plot(row, tmp_path):
         drawing.draw({drawing.machine_name(result): curves}, picture)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert "a processor, 2 threads" in (tmp_path / "a.svg").read_text()
+
+
+def test_choices_from_the_results_of_a_gpu():
+    """An entry for what both backends ran; its shape is that of the call's first tensor."""
+    cases = (CASE, replace(CASE, backward=False))
+    rows = [
+        {"case": case.name, "pass": case.timed, "dtype": "bfloat16", "alternatives": {
+            name: {"median": seconds} for name, seconds in times.items()
+        }}
+        for case, times in (
+            (cases[0], {"eager": 9.0, "cuda": 1.0, "triton": 2.0}), (cases[1], {"eager": 9.0, "triton": 2.0}),
+        )
+    ]  # fmt: skip
+    results = {"machine": {"compute_capability": "9.0"}, "cases": rows}
+    assert script("choices").entries(results, cases) == [{
+        "operator": "pyramid_attention soft", "dtype": "bfloat16", "capability": "9.0",
+        "shape": [2, 4, 20, 22], "seconds": {"cuda": 1.0, "triton": 2.0},
+    }]  # fmt: skip
