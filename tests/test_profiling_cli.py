@@ -74,6 +74,22 @@ def test_measures_one_case(operator, tmp_path, capsys):
     assert {f"{row['case']}, {row['pass']}: {name}" for name in names} <= {event["name"] for event in events}
 
 
+def test_a_page_has_growing_sizes(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    page, found = tmp_path / "a.html", tmp_path / "a.json"
+    shape = ["--shape", "1,1,8,256"]
+    assert profile("masked_attention", *shape, "--html", str(page), "--json", str(found)) == 0
+    results = json.loads(found.read_text())
+    assert [row["size"] for row in results["growth"]] == [16, 64]
+    for entry in results["cases"][0]["alternatives"].values():
+        assert list(entry["passes"]) == ["forward", "backward", "rest"] and min(entry["passes"].values()) >= 0
+        assert entry["passes"]["forward"] > 0
+    text = page.read_text()
+    for plot in ("time", "memory", "roofline", "breakdown"):
+        assert f'id="{plot}:' in text
+
+
 def wrong_output(q, k, v, *args):
     return right(q, k, v, *args) * 1.001
 

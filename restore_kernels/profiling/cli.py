@@ -27,7 +27,7 @@ DTYPES = {
 
 # --quick leaves out what takes the published computation more operations than this, a few seconds on a CPU;
 # of growing sizes, which tell more the more they are, only what takes parts of one.
-QUICK, QUICK_GROWTH = 2e11, 2e10
+QUICK, QUICK_GROWTH = 2e11, 6e9
 
 # Which libraries show the results in which way; all come with the extra `profile`.
 LIBRARIES = {"table": ("rich",), "html": ("jinja2", "matplotlib")}
@@ -89,13 +89,15 @@ def _measure(
 ) -> None:  # fmt: skip
     """Add what is found in this dtype."""
     name, device = str(dtype).removeprefix("torch."), args.device
-    seconds = args.seconds or (1.0 if args.quick else 3.0)
+    seconds = args.seconds or (0.5 if args.quick else 3.0)
     before = ceilings(device, dtype, min(seconds, 2.0))
     for kind, each, time in (("cases", cases, seconds), ("growth", growth, seconds / 2)):
         for i, case in enumerate(each):
             print(f"{kind} {i + 1} of {len(each)}, {name}: {case}", file=sys.stderr, flush=True)
             compared = kind == "cases" or affordable(case, device)
-            row = measure(case, device, dtype, time, compared=compared, compiled=args.compile)
+            row = measure(
+                case, device, dtype, time, compared=compared, compiled=args.compile, passes=kind == "cases"
+            )
             results[kind].append(row)
     after = ceilings(device, dtype, min(seconds, 2.0))
     results["ceilings"][name] = {rate: max(before[rate], after[rate]) for rate in before}
@@ -108,6 +110,10 @@ def _write(args: argparse.Namespace, results: files.Results) -> None:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         outputs.append((args.out / files.file_name(results), files.write_json))
+    if args.html:
+        from restore_kernels.profiling.page import write_html
+
+        outputs.append((args.html, write_html))
     for path, write in outputs:
         if path is not None:
             write(results, path)
@@ -208,7 +214,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--device", type=_parsed(one_of(*CASES)), default=here, help=f"cpu or cuda (default: {here})"
     )
     how.add_argument("--threads", type=_positive(int), help="CPU threads (default: PyTorch's)")
-    how.add_argument("--seconds", type=_positive(float), help="measuring time per case (default: 3, quick 1)")
+    how.add_argument(
+        "--seconds", type=_positive(float), help="measuring time per case (default: 3, quick 0.5)"
+    )
     how.add_argument("--compile", action="store_true", help="also time torch.compile of the baseline")
 
     out = parser.add_argument_group("results, beside the table")

@@ -42,6 +42,30 @@ def machine_name(results: Results) -> str:
     return machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
 
 
+HEADINGS = ("ms (p20 to p80)", "vs eager", "of roof", "rate", "extra memory")
+
+
+def cells(results: Results, row: Row, name: str) -> tuple[str, ...]:
+    """What is shown of an alternative, under ``HEADINGS``."""
+    entry, eager = row["alternatives"][name], row["alternatives"].get("eager")
+    seconds, limit = entry["median"], entry_roof(results, row, entry)
+    arithmetic = limit.bound == "arithmetic"
+    amount = entry["flops"] if arithmetic else row["bytes"]
+    extra = entry.get("peak_extra_bytes")
+    return (
+        f"{_ms(seconds)} ({_ms(entry['p20'])} to {_ms(entry['p80'])})",
+        f"{eager['median'] / seconds:.1f}x" if eager else "",
+        f"{limit.seconds / seconds:.0%} ({limit.bound})",
+        f"{amount / seconds / 1e9:.1f} {'GFLOP/s' if arithmetic else 'GB/s'}",
+        "" if extra is None else f"{extra / 2**20:.1f} MiB",
+    )
+
+
+def _ms(seconds: float) -> str:
+    """Three digits of milliseconds, or all before the point."""
+    return f"{seconds * 1e3:,.0f}" if seconds >= 1 else f"{seconds * 1e3:.3g}"
+
+
 def write_csv(results: Results, path: Path) -> None:
     """One line per alternative of every row."""
     lines = [_line(results, kind, row, name) for kind, row, name in _alternatives(results)]
@@ -80,9 +104,13 @@ def _line(results: Results, kind: str, row: Row, name: str) -> dict[str, Any]:
 
 
 def write_json(results: Results, path: Path) -> None:
+    write_text(path, json.dumps(results, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 from restore_kernels.profiling.cases import BenchmarkCase, Inputs
 from restore_kernels.profiling.machine import peak_extra_memory
 from restore_kernels.profiling.measure import interleave
+from restore_kernels.recording import record
 
 BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
@@ -63,12 +65,13 @@ def wrong(case: BenchmarkCase, backend: str, device: str, dtype: torch.dtype) ->
 
 def measure(
     case: BenchmarkCase, device: str, dtype: torch.dtype, seconds: float, *, compared: bool = True,
-    compiled: bool = False,
+    compiled: bool = False, passes: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """One row of the results: every alternative's time, and what it means against the ceilings.
+    """One row of the results: every alternative's time and memory, and what it had to move and compute.
 
     Args:
         compared: the published computation is timed too, if ``compiled`` under torch.compile as well.
+        passes: say what the passes take of a step.
     """
     x = case.inputs(dtype, device)
     row: dict[str, Any] = {
@@ -102,7 +105,36 @@ def measure(
             row["alternatives"][name]["peak_extra_bytes"] = peak_extra_memory(calls[name], device)
         elif name != "torch.compile":
             row["alternatives"][name]["peak_extra_bytes"] = cpu_memory(case, name, dtype)
+        if passes and name != "torch.compile":
+            taken = pass_seconds(case, x, name, device)
+            rest = max(0.0, timing.median - sum(taken.values()))
+            row["alternatives"][name]["passes"] = {**taken, "rest": rest}
     return row
+
+
+def pass_seconds(case: BenchmarkCase, x: Inputs, name: str, device: str, steps: int = 3) -> dict[str, float]:
+    """What the passes of an alternative take of a step, the median of a few."""
+    if name != "eager":
+        found: dict[str, list[float]] = {}
+        for _ in range(steps):
+            with record() as records:
+                case.step(x, lambda x: case.ours(x, name))
+            for each in records:
+                found.setdefault(each.direction, []).append(each.seconds)
+        return {direction: statistics.median(seconds) for direction, seconds in found.items()}
+
+    def forward() -> Tensor:
+        with torch.set_grad_enabled(case.backward):
+            return case.published(x)
+
+    calls = {"forward": forward, "both": lambda: case.step(x, case.published)}
+    if not case.backward:
+        del calls["both"]
+    times = interleave(calls, seconds=0.0, min_runs=steps, warm_ups=1, device=device)
+    taken = {"forward": times["forward"].median}
+    if case.backward:
+        taken["backward"] = max(0.0, times["both"].median - taken["forward"])
+    return taken
 
 
 def affordable(case: BenchmarkCase, device: str) -> bool:

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from restore_kernels.profiling.results import Results, Row, entry_roof, machine_name
+from restore_kernels.profiling.results import HEADINGS, Results, Row, cells, machine_name
 
 
 def show(results: Results, console: Console) -> None:
@@ -35,25 +35,8 @@ def show(results: Results, console: Console) -> None:
 
 def _case(results: Results, row: Row) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("", "ms (p20 to p80)", "vs eager", "of roof", "rate", "extra memory"):
+    for heading in ("", *HEADINGS):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    eager = row["alternatives"].get("eager")
-    for name, entry in row["alternatives"].items():
-        seconds, limit = entry["median"], entry_roof(results, row, entry)
-        arithmetic = limit.bound == "arithmetic"
-        amount = entry["flops"] if arithmetic else row["bytes"]
-        extra = entry.get("peak_extra_bytes")
-        table.add_row(
-            name,
-            f"{_ms(seconds)} ({_ms(entry['p20'])} to {_ms(entry['p80'])})",
-            f"{eager['median'] / seconds:.1f}x" if eager else "",
-            f"{limit.seconds / seconds:.0%} ({limit.bound})",
-            f"{amount / seconds / 1e9:.1f} {'GFLOP/s' if arithmetic else 'GB/s'}",
-            "" if extra is None else f"{extra / 2**20:.1f} MiB",
-        )
+    for name in row["alternatives"]:
+        table.add_row(name, *cells(results, row, name))
     return table
-
-
-def _ms(seconds: float) -> str:
-    """Three digits of milliseconds, or all before the point."""
-    return f"{seconds * 1e3:,.0f}" if seconds >= 1 else f"{seconds * 1e3:.3g}"

@@ -156,6 +156,6 @@ GPU = (
 )
 GROWTH = tuple(
     PyramidCase((1, 32, 64, side, side), backward=backward)
-    for side in (48, 64, 96, 128, 192)
+    for side in (24, 32, 48, 64, 96, 128, 192)
     for backward in (False, True)
 )
