@@ -1,87 +1,133 @@
-"""Writes the tables of README.md from benchmarks/results/*.json; ``--check`` only compares."""
+"""Writes the tables of README.md and docs/performance.md from their data; ``--check`` only compares."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from restore_kernels.profiling.results import HEADINGS, cells, digits, machine_name, roof
+
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-START, END = "<!-- results: python benchmarks/tables.py -->", "<!-- end of results -->"
+START, END = "<!-- results: python benchmarks/tables.py {} -->", "<!-- end of results -->"
+
+Results = dict[str, Any]
 
 
-def tables() -> str:
-    results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))]
-    parts = [table(result) for result in results]
+def results() -> list[Results]:
+    return [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))]
+
+
+def times() -> str:
+    """What README.md shows."""
+    parts = [time_table(result) for result in results()]
     photos = sorted((ROOT / "benchmarks/results/whole_photo").glob("*.json"))
     parts += [photo_table(json.loads(path.read_text())) for path in photos]
-    if not any(result["machine"]["gpu"] for result in results):
+    if not any(result["machine"]["gpu"] for result in results()):
         parts.append("**NVIDIA GPU**: not measured. `make gpu` measures it.")
     return "\n\n".join(parts)
 
 
-def table(result: dict[str, Any]) -> str:
-    machine = result["machine"]
-    where = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
+def time_table(result: Results) -> str:
     lines = [
-        f"**{where}**, torch {machine['torch']}, forward and backward where nothing else is said, "
-        "median (20th to 80th percentile):",
+        f"**{machine_name(result)}**, torch {result['machine']['torch']}, forward and backward where nothing "
+        "else is said, median (20th to 80th percentile):",
         "",
-        "| case | backend | time | against eager | FLOP/s of peak | bytes/s of peak | extra memory |",
-        "|---|---|---|---|---|---|---|",
+        f"| case | backend | {' | '.join(HEADINGS)} |",
+        "|---|---|" + "---|" * len(HEADINGS),
     ]
     for row in result["cases"]:
-        limits = result["ceilings"][row["dtype"]]
-        eager = row["alternatives"]["eager"]["median"]
-        case = f"{row['case']}, {row['dtype']}{', forward' if row['pass'] == 'forward' else ''}"
-        for name, entry in row["alternatives"].items():
-            seconds, flops = entry["median"], entry.get("flops", row["flops"])
-            lines.append(
-                f"| {case} | {name} "
-                f"| {seconds * 1e3:.2f} ms ({entry['p20'] * 1e3:.2f} to {entry['p80'] * 1e3:.2f}) "
-                f"| {eager / seconds:.1f}x "
-                f"| {flops / seconds / limits['flops_per_second']:.0%} "
-                f"| {row['bytes'] / seconds / limits['copy_bytes_per_second']:.0%} "
-                f"| {memory(entry)} |"
-            )
-        lines += [f"| {case} | {name} | wrong: {why} | | | | |" for name, why in row["wrong"].items()]
+        for name in row["alternatives"]:
+            shown = [cell or "not measured" for cell in cells(result, row, name)]
+            lines.append(f"| {title(row)} | {name} | {' | '.join(shown)} |")
+        blank = " |" * (len(HEADINGS) - 1)
+        lines += [f"| {title(row)} | {name} | wrong: {why} |{blank}" for name, why in row["wrong"].items()]
     limits = [
         f"{dtype}: copies {values['copy_bytes_per_second'] / 1e9:.0f} GB/s, "
         f"multiplies {values['flops_per_second'] / 1e9:.0f} GFLOP/s"
         for dtype, values in result["ceilings"].items()
     ]
-    lines += ["", f"Peaks measured in the same run: {'; '.join(limits)}."]
-    if result.get("growth"):
-        lines += ["", *growth_table(result["growth"])]
+    return "\n".join([*lines, "", f"Measured in the same run: {'; '.join(limits)}."])
+
+
+def title(row: dict[str, Any]) -> str:
+    return f"{row['case']}, {row['dtype']}{', forward' if row['pass'] == 'forward' else ''}"
+
+
+def ours(row: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, entry in row["alternatives"].items():
+        if name not in ("eager", "torch.compile"):
+            yield name, entry
+
+
+def floors() -> str:
+    """Of every case: what each floor alone would take, and what is measured of the higher one."""
+    return "\n\n".join(map(floor_table, results()))
+
+
+def floor_table(result: Results) -> str:
+    lines = [
+        f"**{machine_name(result)}**:",
+        "",
+        "| case | operations | bytes | per byte | arithmetic | memory | backend | measured | of the floor |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["cases"]:
+        limits = result["ceilings"][row["dtype"]]
+        arithmetic = row["flops"] / limits["flops_per_second"]
+        memory = row["bytes"] / limits["copy_bytes_per_second"]
+        floor = roof(row["flops"], row["bytes"], limits)
+        for name, entry in ours(row):
+            per_byte = digits(row["flops"] / row["bytes"])
+            lines.append(
+                f"| {title(row)} | {row['flops'] / 1e9:.3g} G | {row['bytes'] / 1e6:.3g} MB | {per_byte} "
+                f"| {digits(arithmetic * 1e3)} ms | {digits(memory * 1e3)} ms | {name} "
+                f"| {digits(entry['median'] * 1e3)} ms | {floor.seconds / entry['median']:.0%} |"
+            )
     return "\n".join(lines)
 
 
-def memory(entry: dict[str, Any]) -> str:
-    extra = entry.get("peak_extra_bytes")
-    return "not measured" if extra is None else f"{extra / 2**20:.1f} MiB"
+def growth() -> str:
+    """How time and memory grow: the slope of a line through the points of a log-log plot."""
+    return "\n\n".join(growth_table(result) for result in results() if result["growth"])
 
 
-def per_pair(row: dict[str, Any], seconds: float) -> str:
-    return "" if row["pairs"] is None else f"{seconds / row['pairs'] * 1e9:.3f} ns"
-
-
-def growth_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Of one method at growing sizes: what a pair of positions costs."""
+def growth_table(result: Results) -> str:
     lines = [
-        "| growth | backend | time | per pair of positions | extra memory |",
-        "|---|---|---|---|---|",
+        f"**{machine_name(result)}**:",
+        "",
+        "| growing | backend | from | to | time | power of the size | extra memory | power of the size |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        case = f"{row['case']}, {row['dtype']}, {row['pass']}"
+    found: dict[tuple[str, str], list[tuple[int, float, float]]] = {}
+    for row in result["growth"]:
         for name, entry in row["alternatives"].items():
-            seconds = entry["median"]
-            lines.append(
-                f"| {case} | {name} | {seconds * 1e3:.1f} ms | {per_pair(row, seconds)} | {memory(entry)} |"
-            )
-        lines += [f"| {case} | {name} | wrong: {why} | | |" for name, why in row["wrong"].items()]
-    return lines
+            label = f"{row['series']}, {row['dtype']}, {row['pass']} | {name}"
+            point = row["size"], entry["median"], (entry.get("peak_extra_bytes") or 0) / 2**20
+            found.setdefault((label, row["size_name"]), []).append(point)
+    for (label, size_name), points in found.items():
+        sizes, seconds, extra = zip(*sorted(points), strict=True)
+        if len(sizes) < 2:
+            continue
+        memory = "not measured | "
+        if all(extra):
+            memory = f"{extra[0]:.1f} to {extra[-1]:.1f} MiB | {slope(sizes, extra):.2f}"
+        lines.append(
+            f"| {label} | {sizes[0]} {size_name} | {sizes[-1]} | {digits(seconds[0] * 1e3)} to "
+            f"{digits(seconds[-1] * 1e3)} ms | {slope(sizes, seconds):.2f} | {memory} |"
+        )
+    return "\n".join(lines)
+
+
+def slope(x: tuple[float, ...], y: tuple[float, ...]) -> float:
+    """Of the straight line nearest to the points, both logarithmic."""
+    log_x, log_y = ([math.log(value) for value in values] for values in (x, y))
+    mean_x, mean_y = sum(log_x) / len(x), sum(log_y) / len(y)
+    both = sum((a - mean_x) * (b - mean_y) for a, b in zip(log_x, log_y, strict=True))
+    return both / sum((a - mean_x) ** 2 for a in log_x)
 
 
 def photo_table(result: dict[str, Any]) -> str:
@@ -96,16 +142,36 @@ def photo_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def memory(entry: dict[str, Any]) -> str:
+    extra = entry.get("peak_extra_bytes")
+    return "not measured" if extra is None else f"{extra / 2**20:.1f} MiB"
+
+
+# Of each page, what stands between the marks of that name.
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "README.md": {"times": times},
+    ROOT / "docs/performance.md": {"floors": floors, "growth": growth},
+}
+
+
+def filled(text: str, tables: dict[str, Callable[[], str]]) -> str:
+    """The page with its tables as the results have them."""
+    for name, table in tables.items():
+        start = START.format(name)
+        before, rest = text.split(start)
+        _, after = rest.split(END, 1)
+        text = f"{before}{start}\n{table()}\n{END}{after}"
+    return text
+
+
 def main() -> None:
-    text = README.read_text()
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    wanted = f"{before}{START}\n{tables()}\n{END}{after}"
-    if "--check" in sys.argv[1:]:
-        if wanted != text:
-            sys.exit("README.md does not show benchmarks/results: run python benchmarks/tables.py")
-    else:
-        README.write_text(wanted)
+    for path, tables in PAGES.items():
+        text = path.read_text()
+        wanted = filled(text, tables)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(wanted)
+        elif wanted != text:
+            sys.exit(f"{path.name} does not show benchmarks/results: run python benchmarks/tables.py")
 
 
 if __name__ == "__main__":

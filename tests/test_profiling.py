@@ -97,37 +97,51 @@ def test_a_row_of_the_results(row):
     assert eager["flops"] == replace(CASE, backward=False).published_flops
 
 
+def test_pages_show_the_results():
+    """What CI checks: README.md and docs/performance.md as benchmarks/results has it."""
+    tables = script("tables")
+    for path, own in tables.PAGES.items():
+        text = path.read_text()
+        assert tables.filled(text, own) == text, f"run python benchmarks/tables.py: {path.name} is outdated"
+
+
+def test_a_changed_result_shows():
+    tables = script("tables")
+    text = (ROOT / "README.md").read_text()
+    assert tables.filled(text, {"times": lambda: "other"}) != text
+
+
+def test_results_count_what_the_registry_counts():
+    """Names, sizes, operations and bytes; what has been measured is another matter."""
+    cases = {str(case): case for case in (*CPU_CASES, *GPU_CASES, *GROWTH_CASES)}
+    for result in script("tables").results():
+        for row in (*result["cases"], *result["growth"]):
+            case = cases[f"{row['case']}, {row['pass']}"]
+            size = getattr(torch, row["dtype"]).itemsize
+            counted = (case.series, case.size, case.flops, case.elements * size)
+            assert (row["series"], row["size"], row["flops"], row["bytes"]) == counted
+            for name, entry in row["alternatives"].items():
+                published = name in ("eager", "torch.compile")
+                assert entry["flops"] == (case.published_flops if published else case.flops)
+
+
 def test_tables_and_the_plot(row, tmp_path):
     pytest.importorskip("matplotlib")
     machine = {"gpu": None, "processor": "a processor", "threads": 2, "torch": "2"}
-    growth = [{**row, "case": f"pyramid_attention 1x4+5x{side}x{side}"} for side in (96, 48)]
+    growth = []
+    for side in (24, 48, 96):
+        entry = {"median": 1e-9 * side**4, "p20": 0.0, "p80": 0.0, "flops": 1, "peak_extra_bytes": side**2}
+        growth.append(
+            {**row, "size": side**2, "series": "pyramid_attention HxW", "alternatives": {"cpu": entry}}
+        )
     ceilings = {"float32": {"flops_per_second": 1e11, "copy_bytes_per_second": 1e10}}
     result = {"machine": machine, "ceilings": ceilings, "cases": [row], "growth": growth}
-    text = script("tables").table(result)
-    assert "| pyramid_attention 2x4+5x20x22, float32, forward | eager |" in text
-    assert text.count(" ns |") == 2 * len(row["alternatives"])
+    tables = script("tables")
+    assert "| pyramid_attention 2x4+5x20x22, float32, forward | eager |" in tables.time_table(result)
+    (line,) = tables.growth_table(result).splitlines()[4:]
+    assert "| 576 pixels | 9216 |" in line and "| 2.00 |" in line and line.endswith("| 1.00 |")
     drawing = script("growth")
-    curves = drawing.curves(result)
-    assert [point[0] for point in curves["forward, eager, float32"]] == [48, 96]
     for picture in (tmp_path / "a.svg", tmp_path / "b.svg"):
-        drawing.draw({drawing.machine_name(result): curves}, picture)
+        assert drawing.draw([result], picture) == 1
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert "a processor, 2 threads" in (tmp_path / "a.svg").read_text()
-
-
-def test_choices_from_the_results_of_a_gpu():
-    """An entry for what both backends ran; its shape is that of the call's first tensor."""
-    cases = (CASE, replace(CASE, backward=False))
-    rows = [
-        {"case": case.name, "pass": case.timed, "dtype": "bfloat16", "alternatives": {
-            name: {"median": seconds} for name, seconds in times.items()
-        }}
-        for case, times in (
-            (cases[0], {"eager": 9.0, "cuda": 1.0, "triton": 2.0}), (cases[1], {"eager": 9.0, "triton": 2.0}),
-        )
-    ]  # fmt: skip
-    results = {"machine": {"compute_capability": "9.0"}, "cases": rows}
-    assert script("choices").entries(results, cases) == [{
-        "operator": "pyramid_attention soft", "dtype": "bfloat16", "capability": "9.0",
-        "shape": [2, 4, 20, 22], "seconds": {"cuda": 1.0, "triton": 2.0},
-    }]  # fmt: skip

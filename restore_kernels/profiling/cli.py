@@ -67,8 +67,8 @@ def _profile(arguments: Sequence[str]) -> None:
     results: files.Results = {
         "machine": {**info(), "processor": processor_name()}, "ceilings": {}, "cases": [], "growth": [],
     }  # fmt: skip
-    for name in dtypes:
-        _measure(args, results, DTYPES[name], cases, growth)
+    for name in dtypes:  # how they grow is told by one of them
+        _measure(args, results, DTYPES[name], cases, growth if name == dtypes[0] else [])
     _write(args, results)
     if args.trace:
         pairs = [(case, DTYPES[name]) for name in dtypes for case in cases]
@@ -91,14 +91,14 @@ def _measure(
     name, device = str(dtype).removeprefix("torch."), args.device
     seconds = args.seconds or (0.5 if args.quick else 3.0)
     before = ceilings(device, dtype, min(seconds, 2.0))
-    for kind, each, time in (("cases", cases, seconds), ("growth", growth, seconds / 2)):
-        for i, case in enumerate(each):
-            print(f"{kind} {i + 1} of {len(each)}, {name}: {case}", file=sys.stderr, flush=True)
-            compared = kind == "cases" or affordable(case, device)
-            row = measure(
-                case, device, dtype, time, compared=compared, compiled=args.compile, passes=kind == "cases"
-            )
-            results[kind].append(row)
+    for i, case in enumerate(cases, 1):
+        print(f"case {i} of {len(cases)}, {name}: {case}", file=sys.stderr, flush=True)
+        row = measure(case, device, dtype, seconds, compiled=args.compile, passes=True)
+        results["cases"].append(row)
+    for i, case in enumerate(growth, 1):
+        print(f"growing {i} of {len(growth)}, {name}: {case}", file=sys.stderr, flush=True)
+        row = measure(case, device, dtype, seconds / 4, compared=affordable(case, device))
+        results["growth"].append(row)
     after = ceilings(device, dtype, min(seconds, 2.0))
     results["ceilings"][name] = {rate: max(before[rate], after[rate]) for rate in before}
 

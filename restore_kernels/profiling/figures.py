@@ -10,7 +10,7 @@ import io
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from restore_kernels.profiling.results import Results, Row
@@ -27,7 +28,6 @@ from restore_kernels.profiling.results import Results, Row
 COLORS = {
     "eager": "#8a8f98", "torch.compile": "#d98c21", "cpu": "#0b6fa4", "triton": "#1b7f4b", "cuda": "#8e3b8e",
 }  # fmt: skip
-MARKERS = ("o", "s", "^", "D", "v", "P")
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "restore_kernels",  # the same data draw the same picture
@@ -37,6 +37,7 @@ STYLE: dict[Any, Any] = {
 WIDTH = 4.4  # inches, which a phone shows at about their size
 
 Point = tuple[int, dict[str, Any]]  # a size, and what was measured of an alternative there
+Value = Callable[[Mapping[str, Any]], "float | None"]
 
 
 def series(results: Results) -> dict[str, dict[str, list[Point]]]:
@@ -58,37 +59,55 @@ def size_names(results: Results) -> dict[str, str]:
     return {f"{row['series']}, {row['dtype']}, {row['pass']}": row["size_name"] for row in rows}
 
 
+def milliseconds(entry: Mapping[str, Any]) -> float:
+    return entry["median"] * 1e3
+
+
+def mebibytes(entry: Mapping[str, Any]) -> float | None:
+    extra = entry.get("peak_extra_bytes")
+    return extra / 2**20 if extra else None
+
+
 def time_against_size(results: Results) -> Iterator[tuple[str, str]]:
     """Title and picture of each series; both axes logarithmic, so that proportional is a slope of one."""
-    yield from _against_size(results, "time", "ms", lambda entry: entry["median"] * 1e3)
+    yield from _against_size(results, "time", "ms", milliseconds)
 
 
 def memory_against_size(results: Results) -> Iterator[tuple[str, str]]:
     """The same of peak extra memory, where it was measured."""
-
-    def mebibytes(entry: Mapping[str, Any]) -> float | None:
-        extra = entry.get("peak_extra_bytes")
-        return extra / 2**20 if extra else None
-
     yield from _against_size(results, "memory", "extra memory, MiB", mebibytes)
 
 
-def _against_size(results, plot, label, value) -> Iterator[tuple[str, str]]:
+def _against_size(results: Results, plot: str, label: str, value: Value) -> Iterator[tuple[str, str]]:
     names = size_names(results)
     for title, lines in series(results).items():
         figure, axes = _axes(2.9)
-        for name, points in lines.items():
-            shown = [(size, value(entry)) for size, entry in points if value(entry) is not None]
-            if shown:
-                (line,) = axes.plot(*zip(*shown, strict=True), marker="o", markersize=4, label=name,
-                                    color=COLORS[name])  # fmt: skip
-                _name(line, f"{plot}:{title}:{name}")
-        axes.set(xlabel=names[title], ylabel=label)
+        for name, line in draw_growth(axes, lines, names[title], label, value).items():
+            _name(line, f"{plot}:{title}:{name}")
+        picture = svg(figure)
         if axes.lines:
-            _log_scales(axes, sorted({size for points in lines.values() for size, _ in points}))
-            axes.legend(frameon=False, fontsize=8)
-            yield title, svg(figure)
-        plt.close(figure)
+            yield title, picture
+
+
+def draw_growth(
+    axes: Axes,
+    lines: Mapping[str, list[Point]],
+    size_name: str,
+    label: str = "ms",
+    value: Value = milliseconds,
+) -> dict[str, Line2D]:
+    """One line per alternative through its points that have this value."""
+    drawn = {}
+    for name, points in lines.items():
+        shown = [(size, value(entry)) for size, entry in points if value(entry) is not None]
+        if shown:
+            x, y = zip(*shown, strict=True)
+            (drawn[name],) = axes.plot(x, y, "o-", markersize=4, label=name, color=COLORS[name])
+    axes.set(xlabel=size_name, ylabel=label)
+    if drawn:
+        _log_scales(axes, sorted({size for points in lines.values() for size, _ in points}))
+        axes.legend(frameon=False, fontsize=8)
+    return drawn
 
 
 def roofline(results: Results, dtype: str) -> str:

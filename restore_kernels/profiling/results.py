@@ -53,7 +53,7 @@ def cells(results: Results, row: Row, name: str) -> tuple[str, ...]:
     amount = entry["flops"] if arithmetic else row["bytes"]
     extra = entry.get("peak_extra_bytes")
     return (
-        f"{_ms(seconds)} ({_ms(entry['p20'])} to {_ms(entry['p80'])})",
+        f"{digits(seconds * 1e3)} ({digits(entry['p20'] * 1e3)} to {digits(entry['p80'] * 1e3)})",
         f"{eager['median'] / seconds:.1f}x" if eager else "",
         f"{limit.seconds / seconds:.0%} ({limit.bound})",
         f"{amount / seconds / 1e9:.1f} {'GFLOP/s' if arithmetic else 'GB/s'}",
@@ -61,9 +61,9 @@ def cells(results: Results, row: Row, name: str) -> tuple[str, ...]:
     )
 
 
-def _ms(seconds: float) -> str:
-    """Three digits of milliseconds, or all before the point."""
-    return f"{seconds * 1e3:,.0f}" if seconds >= 1 else f"{seconds * 1e3:.3g}"
+def digits(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def write_csv(results: Results, path: Path) -> None:
