@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test lint bench gpu gpu-test gpu-sanitize gpu-bench clean
+.PHONY: demo test lint bench results gpu gpu-test gpu-sanitize gpu-bench clean
 
 demo: $(VENV)/built
 	$(BIN)/restore-nets demo --out out/demo
@@ -19,7 +19,11 @@ lint: $(VENV)/built
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# make bench BENCH="-k topk --benchmark-compare", and every other option of pytest-benchmark; runs are kept in .benchmarks.
 bench: $(VENV)/built
+	$(BIN)/python -m pytest benchmarks --benchmark-autosave $(BENCH)
+
+results: $(VENV)/built
 	$(BIN)/restore-kernels profile --all --device cpu --threads 2 --compile --out benchmarks/results
 
 # On a machine with an NVIDIA GPU, PyTorch, Triton and pytest; no network. Nine minutes at the most, or by part:

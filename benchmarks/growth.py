@@ -48,7 +48,7 @@ def draw(results: list[dict[str, Any]], picture: Path) -> int:
 def main() -> None:
     results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))]
     if not draw(results, PICTURE):
-        sys.exit("benchmarks/results has nothing that grows: run make bench")
+        sys.exit("benchmarks/results has nothing that grows: run make results")
     print(f"wrote {PICTURE.relative_to(ROOT)}")
 
 

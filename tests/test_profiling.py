@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -145,3 +149,17 @@ def test_tables_and_the_plot(row, tmp_path):
         assert drawing.draw([result], picture) == 1
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert "a processor, 2 threads" in (tmp_path / "a.svg").read_text()
+
+
+def test_pytest_benchmark_drives_the_cases(tmp_path):
+    """With its options: a JSON file says what ran, and how much work it was."""
+    pytest.importorskip("pytest_benchmark")
+    path = tmp_path / "out.json"
+    options = ["-k", "8x48x256 and eager", f"--benchmark-json={path}", "--benchmark-max-time=0.01"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks", *options]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (found,) = json.loads(path.read_text())["benchmarks"]
+    assert found["extra_info"]["flops"] > 0 and found["stats"]["median"] > 0
+    assert found["extra_info"]["backend"] == "eager" and "topk_attention channel" in found["group"]
