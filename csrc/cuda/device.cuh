@@ -4,6 +4,7 @@
 //   SHARED(Type, name)           shared memory of a named type (arrays in a struct), at most 48 KiB a kernel
 //   DYNAMIC_SHARED(Type, name)   pointer to the shared memory whose size the launch gives
 //   bfloat16, float16            elements in memory; unpack<T> turns a pair in a word into floats, pack<T> back
+//   to_float, rounded_to<T>      between T and float, to nearest
 //   copy_async, commit_copies, wait_for_copies   16 bytes from global to shared memory (cp.async)
 //   load_matrices                four 8 x 8 matrices of 16-bit elements into registers of one warp (ldmatrix)
 //   to_tf32, multiply_m16n8k8, multiply_m16n8k16 matrix instructions of one warp (mma.sync)
@@ -47,6 +48,26 @@ __device__ __forceinline__ float2 unpack<bfloat16>(unsigned pair) {
 template <>
 __device__ __forceinline__ float2 unpack<float16>(unsigned pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(float16 x) { return __half2float(x); }
+
+// To nearest, ties to even.
+template <typename T>
+__device__ T rounded_to(float x);
+template <>
+__device__ __forceinline__ float rounded_to<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ bfloat16 rounded_to<bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ float16 rounded_to<float16>(float x) {
+  return __float2half_rn(x);
 }
 
 // low and high, rounded to nearest, as the elements of a pair.
@@ -161,20 +182,30 @@ inline float2 unpack<float16>(unsigned pair) {
   return {value(pair), value(pair >> 16)};
 }
 
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) { return unpack<bfloat16>(x.bits).x; }
+inline float to_float(float16 x) { return unpack<float16>(x.bits).x; }
+
 template <typename T>
-unsigned pack(float low, float high);
+T rounded_to(float x);
 template <>
-inline unsigned pack<bfloat16>(float low, float high) {
-  const auto bits = [](float x) {
-    const unsigned word = __float_as_uint(x);
-    return x != x ? 0x7fffu : (word + 0x7fffu + (word >> 16 & 1)) >> 16;
-  };
-  return bits(low) | bits(high) << 16;
+inline float rounded_to<float>(float x) {
+  return x;
 }
 template <>
-inline unsigned pack<float16>(float low, float high) {
-  const auto bits = [](float x) { return unsigned{std::bit_cast<uint16_t>(static_cast<_Float16>(x))}; };
-  return bits(low) | bits(high) << 16;
+inline bfloat16 rounded_to<bfloat16>(float x) {
+  const unsigned bits = __float_as_uint(x);
+  if (x != x) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+inline float16 rounded_to<float16>(float x) {
+  return {std::bit_cast<uint16_t>(static_cast<_Float16>(x))};
+}
+
+template <typename T>
+unsigned pack(float low, float high) {
+  return rounded_to<T>(low).bits | static_cast<unsigned>(rounded_to<T>(high).bits) << 16;
 }
 
 inline void copy_async(void* to, const void* from, int bytes) {

@@ -9,7 +9,7 @@
 
 #include "execution.h"
 
-#define __global__
+#define __global__ inline  // sources may share a header of kernels
 #define __device__
 #define __host__
 #define __forceinline__ inline
@@ -20,6 +20,9 @@ struct float2 {
 };
 struct alignas(16) float4 {
   float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
 };
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
