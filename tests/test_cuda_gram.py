@@ -23,12 +23,12 @@ def kernels():
 
 
 def channel_gram(
-    kernels: ModuleType, q: Tensor, k: Tensor, *, tile: int = 48, tiles_per_chunk: int = 2, seed: int = 0
+    kernels: ModuleType, q: Tensor, k: Tensor, *, tiles_per_chunk: int = 2, seed: int = 0
 ) -> tuple[dict[str, Tensor], bool]:
     """The Gram matrices q kᵀ (B, H, C, C) and squared norms (B, H, C) of q and k (B, H, C, N).
 
-    tile: rows and columns of a block's product, 32 or 48. tiles_per_chunk: how many times 128 bytes of
-    pixels a block owns. Says also whether the tiles were copied 16 bytes at a time.
+    tiles_per_chunk: how many times 128 bytes of pixels a block owns. Says also whether the tiles were
+    copied 16 bytes at a time.
     """
     batch, heads, channels, pixels = q.shape
     chunks = -(-pixels * q.element_size() // (tiles_per_chunk * TILE_BYTES))
@@ -36,7 +36,7 @@ def channel_gram(
     partials = torch.full((batch * heads, chunks, size), float("nan"))
     sums = torch.full((batch, heads, size), float("nan"))
     copied = kernels.gram(
-        str(q.dtype).removeprefix("torch."), tile, q.data_ptr(), q.stride(), k.data_ptr(), k.stride(),
+        str(q.dtype).removeprefix("torch."), q.data_ptr(), q.stride(), k.data_ptr(), k.stride(),
         q.shape, tiles_per_chunk, partials.data_ptr(), sums.data_ptr(), seed,
     )  # fmt: skip
     gram, q_squares, k_squares = sums.split([channels * channels, channels, channels], dim=-1)
@@ -71,10 +71,9 @@ SHAPES = [(1, 2, 48, 136), (2, 1, 7, 61), (1, 1, 50, 72), (2, 3, 5, 1)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", [32, 48])
-def test_channel_gram(kernels, shape, dtype, tile):
+def test_channel_gram(kernels, shape, dtype):
     q, k = torch.randn(2, *shape).to(dtype)
-    assert check_gram(kernels, q, k, tile=tile) == (shape[-1] % 8 == 0)
+    assert check_gram(kernels, q, k) == (shape[-1] % 8 == 0)
 
 
 # Pixels are contiguous, and every row begins at a multiple of 16 bytes.
@@ -100,7 +99,7 @@ def test_many_tiles_and_chunks(kernels, pixels):
     """More tiles than a block holds at a time; few and many chunks."""
     q, k = torch.randn(2, 1, 1, 20, pixels)
     for tiles_per_chunk in (1, 3, 100):
-        check_gram(kernels, q, k, tile=32, tiles_per_chunk=tiles_per_chunk)
+        check_gram(kernels, q, k, tiles_per_chunk=tiles_per_chunk)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,12 +116,12 @@ def test_channel_gram_stays_within_its_tensors():
     code, output = host_kernels.run_sanitized("""
 import test_cuda_gram, torch
 for dtype in (torch.float32, torch.bfloat16):
-    for shape, tile in (((1, 2, 33, 72), 32), ((1, 1, 5, 61), 48)):
+    for shape in ((1, 2, 33, 72), (1, 1, 5, 61)):
         for swap in (False, True):
             q, k = (torch.ones(shape, dtype=dtype) for _ in "qk")
             if swap:
                 q, k = q.mT.contiguous().mT, k.mT.contiguous().mT
-            results, _ = test_cuda_gram.channel_gram(kernels, q, k, tile=tile)
+            results, _ = test_cuda_gram.channel_gram(kernels, q, k)
             assert all((x == shape[-1]).all() for x in results.values())
 print("came to the end")
 """)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from restore_kernels import checks
+from restore_kernels import checks, coverage
 from restore_kernels.backends import Call, choose
 from restore_kernels.functions import call_temperature, eager
 from restore_kernels.masked_attention import autograd, reference
@@ -88,7 +88,9 @@ def _check(q, k, v, mask, temperature, layout, out_proj) -> None:
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, layout: str) -> Call:
-    return Call("masked_attention", layout, (q, k, v), f"it has no kernels for the {layout} layout")
+    tokens = "it has no kernels for the token layout"
+    uncovered = coverage.cuda_channels(q) if layout == "channel" else tokens
+    return Call("masked_attention", layout, (q, k, v), uncovered)
 
 
 def _plan(q, k, v, mask=None, *, temperature=None, normalize=True, layout="channel", out_proj=None,

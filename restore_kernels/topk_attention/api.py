@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from restore_kernels import checks
+from restore_kernels import checks, coverage
 from restore_kernels.backends import Call, choose
 from restore_kernels.functions import call_temperature, eager
 from restore_kernels.tensors import accumulate_dtype
@@ -60,7 +60,7 @@ def topk_attention(
     """
     q, k, v, out_proj = checks.autocast(q, k, v, out_proj)
     counts = _check(q, k, v, topk, weights, temperature, layout, out_proj)
-    chosen = choose(_call(q, k, v, layout), backend)
+    chosen = choose(_call(q, k, v, layout, len(counts)), backend)
 
     dtype = accumulate_dtype(q.dtype)
     batch, heads = q.shape[:2]
@@ -107,15 +107,17 @@ def _check_topk(topk: TopK, row: int) -> list[int]:
     return counts
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, layout: str) -> Call:
-    return Call("topk_attention", layout, (q, k, v), f"it has no kernels for the {layout} layout")
+def _call(q: Tensor, k: Tensor, v: Tensor, layout: str, branches: int) -> Call:
+    tokens = "it has no kernels for the token layout"
+    uncovered = coverage.cuda_channels(q, branches) if layout == "channel" else tokens
+    return Call("topk_attention", layout, (q, k, v), uncovered)
 
 
 def _plan(q, k, v, topk, *, weights=None, temperature=None, normalize=True, layout="channel",
           out_proj=None, backend="auto"):  # fmt: skip
     q, k, v, out_proj = checks.autocast(q, k, v, out_proj)
-    _check(q, k, v, topk, weights, temperature, layout, out_proj)
-    return _call(q, k, v, layout)
+    counts = _check(q, k, v, topk, weights, temperature, layout, out_proj)
+    return _call(q, k, v, layout, len(counts))
 
 
 topk_attention.plan = _plan  # type: ignore[attr-defined]

@@ -4,20 +4,14 @@
 
 namespace restore_kernels {
 
-namespace channel_gram {
-template __global__ void channel_gram_kernel<float, 32, true>(Problem<float>);
-template __global__ void channel_gram_kernel<float, 32, false>(Problem<float>);
-template __global__ void channel_gram_kernel<float, 48, true>(Problem<float>);
-template __global__ void channel_gram_kernel<float, 48, false>(Problem<float>);
-template __global__ void channel_gram_kernel<bfloat16, 32, true>(Problem<bfloat16>);
-template __global__ void channel_gram_kernel<bfloat16, 32, false>(Problem<bfloat16>);
-template __global__ void channel_gram_kernel<bfloat16, 48, true>(Problem<bfloat16>);
-template __global__ void channel_gram_kernel<bfloat16, 48, false>(Problem<bfloat16>);
-template __global__ void channel_gram_kernel<float16, 32, true>(Problem<float16>);
-template __global__ void channel_gram_kernel<float16, 32, false>(Problem<float16>);
-template __global__ void channel_gram_kernel<float16, 48, true>(Problem<float16>);
-template __global__ void channel_gram_kernel<float16, 48, false>(Problem<float16>);
-}  // namespace channel_gram
+namespace channel {
+template __global__ void channel_gram_kernel<float, true, true>(Gram<float>);
+template __global__ void channel_gram_kernel<float, true, false>(Gram<float>);
+template __global__ void channel_gram_kernel<bfloat16, false, true>(Gram<bfloat16>);
+template __global__ void channel_gram_kernel<bfloat16, false, false>(Gram<bfloat16>);
+template __global__ void channel_gram_kernel<float16, false, true>(Gram<float16>);
+template __global__ void channel_gram_kernel<float16, false, false>(Gram<float16>);
+}  // namespace channel
 
 namespace probes {
 template __global__ void reverse<Fence::kWarp>(const float*, float*);

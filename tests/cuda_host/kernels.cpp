@@ -16,40 +16,36 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-template <typename T, int TILE>
-bool run_gram(uintptr_t q, const Sizes& qs, uintptr_t k, const Sizes& ks, const Sizes& shape,
-              int64_t tiles_per_chunk, uintptr_t partials, uintptr_t sums, uint64_t seed) {
-  using namespace channel_gram;
+template <typename T>
+bool run_gram(uintptr_t a, const Sizes& as, uintptr_t b, const Sizes& bs, const Sizes& shape, int64_t tiles_per_chunk,
+              uintptr_t partials, uintptr_t sums, uint64_t seed) {
+  using namespace channel;
   const auto [batch, heads, channels, pixels] = shape;
   const int64_t chunk = tiles_per_chunk * kTilePixels<T>, chunks = (pixels + chunk - 1) / chunk;
-  const Problem<T> problem{{pointer<const T>(q), qs[0], qs[1], qs[2], qs[3]},
-                           {pointer<const T>(k), ks[0], ks[1], ks[2], ks[3]},
-                           heads, channels, pixels, chunk, chunks, pointer<float>(partials)};
-  const int64_t tiles = (channels + TILE - 1) / TILE, size = channels * (channels + 2);
-  const bool copies = rows_align(problem.q) && rows_align(problem.k);
-  cuda_host::launch(copies ? channel_gram_kernel<T, TILE, true> : channel_gram_kernel<T, TILE, false>,
-         batch * heads * chunks * tiles * tiles, kThreads, 0, seed, problem);
-  cuda_host::launch(channel_gram_sum_kernel, (batch * heads * size + kThreads - 1) / kThreads, kThreads, 0, seed,
-         pointer<const float>(partials), pointer<float>(sums), batch * heads, chunks, size);
+  const auto rows = [&](uintptr_t data, const Sizes& strides) {
+    return Rows<const T>{{pointer<const T>(data), {strides[0], strides[1], strides[2], strides[3]}}, channels};
+  };
+  const int count = static_cast<int>(channels);
+  const Gram<T> p{rows(a, as), rows(b, bs), {}, heads, count, count, pixels, chunk, chunks, pointer<float>(partials)};
+  const int64_t tiles = (channels + kTile - 1) / kTile;
+  const bool copies = rows_align(p.a.x) && rows_align(p.b.x);
+  constexpr bool wide = sizeof(T) == 4;
+  cuda_host::launch(copies ? channel_gram_kernel<T, wide, true> : channel_gram_kernel<T, wide, false>,
+                    batch * heads * chunks * tiles * tiles, kThreads, 0, seed, p);
+  cuda_host::launch(channel_gram_sum_kernel, (batch * heads * p.size() + kThreads - 1) / kThreads, kThreads, 0, seed,
+                    pointer<const float>(partials), pointer<float>(sums), batch * heads, chunks, p.size());
   return copies;
-}
-
-template <typename T>
-auto gram_of(int tile) {
-  if (tile != 32 && tile != 48) throw std::invalid_argument("tile is 32 or 48");
-  return tile == 32 ? run_gram<T, 32> : run_gram<T, 48>;
 }
 
 }  // namespace
 
 void seed(uint64_t value) { cuda_host::seed = value; }
 
-bool gram(const std::string& dtype, int tile, uintptr_t q, const Sizes& qs, uintptr_t k, const Sizes& ks,
-          const Sizes& shape, int64_t tiles_per_chunk, uintptr_t partials, uintptr_t sums,
-          uint64_t seed) {
-  const auto run = dtype == "float32"    ? gram_of<float>(tile)
-                   : dtype == "bfloat16" ? gram_of<bfloat16>(tile)
-                                         : gram_of<float16>(tile);
+bool gram(const std::string& dtype, uintptr_t q, const Sizes& qs, uintptr_t k, const Sizes& ks, const Sizes& shape,
+          int64_t tiles_per_chunk, uintptr_t partials, uintptr_t sums, uint64_t seed) {
+  const auto run = dtype == "float32"    ? run_gram<float>
+                   : dtype == "bfloat16" ? run_gram<bfloat16>
+                                         : run_gram<float16>;
   return run(q, qs, k, ks, shape, tiles_per_chunk, partials, sums, seed);
 }
 

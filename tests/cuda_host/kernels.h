@@ -15,7 +15,7 @@ void seed(uint64_t value);
 
 // Gram matrices and squared norms of q, k (B, H, C, N): sums (B, H, C * (C + 2)), on the way partials
 // (B, H, chunks, C * (C + 2)). Returns whether tiles were copied 16 bytes at a time.
-bool gram(const std::string& dtype, int tile, uintptr_t q, const Sizes& q_strides, uintptr_t k,
+bool gram(const std::string& dtype, uintptr_t q, const Sizes& q_strides, uintptr_t k,
           const Sizes& k_strides, const Sizes& shape, int64_t tiles_per_chunk, uintptr_t partials, uintptr_t sums,
           uint64_t seed);
 
