@@ -99,6 +99,12 @@ def why_no_cpu_library() -> str | None:
 
 
 @constant_to_the_compiler
+def why_no_cuda_library() -> str | None:
+    """Why there is no compiled CUDA library, or None. Loads it on first call."""
+    return cuda_library().why_not
+
+
+@constant_to_the_compiler
 def why_no_cuda(device_type: str, device_index: int | None) -> str | None:
     """Why the CUDA C++ kernels cannot run on this device, or None. Loads the library on first call."""
     if os.environ.get(CUDA_HOST_VARIABLE):

@@ -47,7 +47,7 @@ def register(
         if backend == "cpu":
             native.why_no_cpu_library()
         elif backend == "cuda":
-            native.cuda_library()
+            native.why_no_cuda_library()
         op = overloads[name, backend]
         if not torch.compiler.is_compiling() and recording.active:
             return recording.recorded(name, backend, op)
