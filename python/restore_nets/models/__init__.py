@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from restore_nets.models.association import AssociationNetwork
+from restore_nets.models.checkpointing import apply_checkpointing
 from restore_nets.models.ddsa import DDSANet
 from restore_nets.models.drsformer import DRSformer
 from restore_nets.models.elf import ELF
@@ -33,11 +34,13 @@ def list_models() -> list[str]:
     return sorted(_MODELS)
 
 
-def create_model(name: str, **options: Any) -> nn.Module:
+def create_model(name: str, *, checkpointing: str = "none", **options: Any) -> nn.Module:
     """A network with freshly initialised weights.
 
     Args:
         name: one of ``list_models()``.
+        checkpointing: what backward computes again instead of keeping it: ``"none"``, ``"attention"`` or
+            ``"block"``, whole blocks.
         options: keywords of the network's class, for example ``dim=48``; see ``DRSformer``, ``DDSANet``,
             ``ELF``, ``AssociationNetwork``, ``PANet`` and ``PAEDSR``.
 
@@ -57,6 +60,8 @@ def create_model(name: str, **options: Any) -> nn.Module:
     known = inspect.signature(_MODELS[name]).parameters
     for option in options:
         if option not in known:
-            near = suggestion(option, known)
+            near = suggestion(option, (*known, "checkpointing"))
             raise TypeError(f"{name} has the options {', '.join(known)}; got {option!r}{near}")
-    return _MODELS[name](**options)
+    model = _MODELS[name](**options)
+    apply_checkpointing(model, checkpointing)
+    return model
