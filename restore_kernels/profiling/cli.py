@@ -93,7 +93,8 @@ def _measure(
     before = ceilings(device, dtype, min(seconds, 2.0))
     for i, case in enumerate(cases, 1):
         print(f"case {i} of {len(cases)}, {name}: {case}", file=sys.stderr, flush=True)
-        row = measure(case, device, dtype, seconds, compiled=args.compile, passes=True)
+        passes = args.html is not None or not args.quick
+        row = measure(case, device, dtype, seconds, compiled=args.compile, passes=passes)
         results["cases"].append(row)
     for i, case in enumerate(growth, 1):
         print(f"growing {i} of {len(growth)}, {name}: {case}", file=sys.stderr, flush=True)

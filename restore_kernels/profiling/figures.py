@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from restore_kernels.profiling.results import Results, Row
+from restore_kernels.profiling.results import Results, Row, digits
 
 COLORS = {
     "eager": "#8a8f98", "torch.compile": "#d98c21", "cpu": "#0b6fa4", "triton": "#1b7f4b", "cuda": "#8e3b8e",
@@ -174,7 +174,7 @@ def breakdown(results: Results, operator: str) -> str | None:
             )
             _name(bar, f"breakdown:{row['case']}, {row['dtype']}, {row['pass']}:{name}:{part}")
             left += seconds / whole
-        axes.text(left + 0.01, at, f"{entry['median'] * 1e3:.3g} ms", va="center", fontsize=7)
+        axes.text(left + 0.01, at, f"{digits(entry['median'] * 1e3)} ms", va="center", fontsize=7)
     axes.set_yticks(range(len(bars)), [label for label, *_ in bars], fontsize=7)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1.2), xlabel="of the slowest alternative's step")

@@ -7,7 +7,9 @@ import pickle
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,38 +105,47 @@ def measure(
         row["alternatives"][name] = {**dataclasses.asdict(timing), "flops": flops}
         if device == "cuda":
             row["alternatives"][name]["peak_extra_bytes"] = peak_extra_memory(calls[name], device)
-        elif name != "torch.compile":
-            row["alternatives"][name]["peak_extra_bytes"] = cpu_memory(case, name, dtype)
         if passes and name != "torch.compile":
-            taken = pass_seconds(case, x, name, device)
-            rest = max(0.0, timing.median - sum(taken.values()))
-            row["alternatives"][name]["passes"] = {**taken, "rest": rest}
+            shares = pass_shares(case, x, name, device)
+            taken = {part: share * timing.median for part, share in shares.items()}
+            row["alternatives"][name]["passes"] = taken
+    if device == "cpu":
+        names = [name for name in calls if name != "torch.compile"]
+        with ThreadPoolExecutor(2) as pool:  # two processes at a time
+            for name, extra in zip(names, pool.map(partial(cpu_memory, case, dtype), names), strict=True):
+                row["alternatives"][name]["peak_extra_bytes"] = extra
     return row
 
 
-def pass_seconds(case: BenchmarkCase, x: Inputs, name: str, device: str, steps: int = 3) -> dict[str, float]:
-    """What the passes of an alternative take of a step, the median of a few."""
-    if name != "eager":
-        found: dict[str, list[float]] = {}
-        for _ in range(steps):
-            with record() as records:
-                case.step(x, lambda x: case.ours(x, name))
-            for each in records:
-                found.setdefault(each.direction, []).append(each.seconds)
-        return {direction: statistics.median(seconds) for direction, seconds in found.items()}
+def pass_shares(case: BenchmarkCase, x: Inputs, name: str, device: str, steps: int = 3) -> dict[str, float]:
+    """What the passes of an alternative take of the same step, the median of a few, and what is left over."""
+    found: list[dict[str, float]] = []
+    for _ in range(steps):
+        if name == "eager":
+            start = _done(device)
+            with torch.set_grad_enabled(case.backward):
+                case.published(x)
+            forward = _done(device) - start
+        start = _done(device)
+        with record() as records:
+            case.step(x, case.published if name == "eager" else partial(case.ours, backend=name))
+        total = _done(device) - start
+        if name == "eager":
+            passes = {"forward": min(forward, total)}
+            if case.backward:
+                passes["backward"] = total - passes["forward"]
+        else:
+            passes = {each.direction: each.seconds for each in records}
+        found.append({part: seconds / total for part, seconds in passes.items()})
+    shares = {part: statistics.median(step[part] for step in found) for part in found[0]}
+    return {**shares, "rest": max(0.0, 1 - sum(shares.values()))}
 
-    def forward() -> Tensor:
-        with torch.set_grad_enabled(case.backward):
-            return case.published(x)
 
-    calls = {"forward": forward, "both": lambda: case.step(x, case.published)}
-    if not case.backward:
-        del calls["both"]
-    times = interleave(calls, seconds=0.0, min_runs=steps, warm_ups=1, device=device)
-    taken = {"forward": times["forward"].median}
-    if case.backward:
-        taken["backward"] = max(0.0, times["both"].median - taken["forward"])
-    return taken
+def _done(device: str) -> float:
+    """The time when the device has nothing left to do."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def affordable(case: BenchmarkCase, device: str) -> bool:
@@ -143,7 +154,7 @@ def affordable(case: BenchmarkCase, device: str) -> bool:
     return case.published_flops <= flops and case.published_elements <= elements
 
 
-def cpu_memory(case: BenchmarkCase, backend: str, dtype: torch.dtype) -> int | None:
+def cpu_memory(case: BenchmarkCase, dtype: torch.dtype, backend: str) -> int | None:
     """Peak extra memory of a case's first step, in a process of its own."""
     script = "from restore_kernels.profiling.run import print_first_step_memory as run; run()"
     call = pickle.dumps((case, backend, dtype, torch.get_num_threads()))
