@@ -1,0 +1,2 @@
+#pragma once
+#include "pyramid_images.cuh"
