@@ -115,6 +115,15 @@ def why_no_cuda(device_type: str, device_index: int | None) -> str | None:
 
 
 @constant_to_the_compiler
+def why_little_shared_memory(device_type: str, device_index: int | None, needed: int) -> str | None:
+    """Why a block of CUDA threads cannot have so many bytes of shared memory, or None."""
+    if device_type != "cuda":
+        return None
+    most = torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
+    return f"it needs {needed} bytes of shared memory a block, this GPU has {most}" if most < needed else None
+
+
+@constant_to_the_compiler
 def why_no_triton(device_type: str, device_index: int | None) -> str | None:
     """Why Triton kernels cannot run on this device, or None. Does not import Triton."""
     if importlib.util.find_spec("triton") is None:

@@ -84,15 +84,18 @@ class SizedCase(Protocol):
     def work(self) -> int: ...
 
 
-def each_of(cases: Iterable[SizedCase], backends: Sequence[str], interpreted: int) -> pytest.MarkDecorator:
-    """Runs the test for every backend and each of the cases that it supports.
+def each_of(
+    cases: Iterable[SizedCase], backends: Sequence[str], interpreted: int,
+    covered: Callable[[str, Any], bool] = lambda backend, case: True,
+) -> pytest.MarkDecorator:  # fmt: skip
+    """Runs the test for every backend and each of the cases that it supports and covers.
 
     The interpreter takes a second for what others do in a millisecond: it gets this many of those
     cases that are small enough for it, from the smallest to the largest.
     """
     cases, pairs = list(dict.fromkeys(cases)), []
     for backend in backends:
-        supported = [case for case in cases if case.dtype in DTYPES[backend]]
+        supported = [case for case in cases if case.dtype in DTYPES[backend] and covered(backend, case)]
         if backend in INTERPRETED:
             small = [case for case in supported if case.work() <= INTERPRETED_WORK]
             small.sort(key=lambda case: case.work())

@@ -58,6 +58,25 @@ def build(name: str) -> Path:
     return library
 
 
+def build_library(folder: Path, names: Sequence[str], library: Path) -> None:
+    """A library of some sources of a copy of csrc/cuda, without the tests' own."""
+    paths = [folder / name for name in names]
+    _run(
+        [
+            *COMPILE,
+            f"-I{folder}",
+            *_includes(),
+            "-shared",
+            "-x",
+            "c++",
+            *paths,
+            *_torch_libraries(),
+            "-o",
+            library,
+        ]
+    )
+
+
 def up_to_date(name: str) -> Path | None:
     """The extension module of the build of that name if nothing would have to be compiled."""
     folder = BUILDS / name

@@ -21,8 +21,8 @@ from conformance import (
     judge,
 )
 from pyramid_attention_problems import (
-    BACKENDS,
-    FUSED,
+    HARD_BACKENDS,
+    HARD_FUSED,
     Case,
     Levels,
     arguments,
@@ -120,7 +120,7 @@ def _cases() -> Iterable[Case]:
     yield Case((2, 6, 7, 9, 11), _levels(0, 9, 11), arrangements=placed[::-1], grad="one_value")
 
 
-@each(_cases(), interpreted=2)
+@each(_cases(), HARD_BACKENDS, interpreted=2)
 def test_matches(backend, case):
     assert_matches(build(case), backend)
 
@@ -151,7 +151,7 @@ def _tied() -> Iterable[Case]:
             yield Case((1, 4, 3, height, width), (*levels, levels[0]), dtype=dtype, patch_size=size)
 
 
-@each(_tied(), interpreted=2)
+@each(_tied(), HARD_BACKENDS, interpreted=2)
 def test_of_equal_scores_the_first_is_taken(backend, case):
     problem = exact_ties(case)
     scores = exact_scores(problem)
@@ -162,7 +162,7 @@ def test_of_equal_scores_the_first_is_taken(backend, case):
     assert torch.equal(index, first.amin(-1)), "not the first of equal scores"
 
 
-@each([case for case in _tied() if case.patch_size == 3][::4])
+@each([case for case in _tied() if case.patch_size == 3][::4], HARD_BACKENDS)
 @pytest.mark.parametrize("constant", [0.0, 0.5])
 def test_a_query_without_a_preference_takes_the_first_patch(backend, case, constant):
     """A query of zeros; or equal keys everywhere, of which the first whole patch is as good as any."""
@@ -175,7 +175,7 @@ def test_a_query_without_a_preference_takes_the_first_patch(backend, case, const
     assert not assert_matches(replace(problem, tensors=tensors), backend).any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HARD_BACKENDS)
 def test_only_values_have_gradients(backend):
     problem = build(TINY)
     tensors = {name: x.detach().requires_grad_() for name, x in problem.tensors.items()}
@@ -192,17 +192,17 @@ def test_only_values_have_gradients(backend):
 
 
 @pytest.mark.parametrize("scale", [0.25, -10.0])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HARD_BACKENDS)
 def test_softmax_scale_matters_by_its_sign(backend, scale):
     assert_matches(build(replace(TINY, softmax_scale=scale)), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HARD_BACKENDS)
 def test_scores_in_the_thousands(backend):
     assert_matches(build(Case((1, 4, 3, 6, 7), ((6, 7), (2, 3)), softmax_scale=3000.0)), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HARD_BACKENDS)
 def test_empty_batch(backend):
     problem = hard(build(replace(TINY, image=(0, 4, 3, 4, 5))))
     result = evaluate(problem, backend)
@@ -210,12 +210,12 @@ def test_empty_batch(backend):
     assert result["grad_values[1]"].shape == (0, 3, 2, 3)
 
 
-@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("backend", HARD_FUSED)
 def test_every_element_is_written(backend):
     assert_every_element_is_written(hard(build(TINY)), backend)
 
 
-@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("backend", HARD_FUSED)
 def test_results_are_bitwise_reproducible(backend):
     case = TINY if backend in INTERPRETED else Case((2, 4, 5, 18, 23), pyramid(18, 23))
     conformance.assert_reproducible(hard(build(case)), backend)

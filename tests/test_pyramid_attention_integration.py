@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import conformance
@@ -10,15 +10,23 @@ import pytest
 import torch
 from attention_problems import INTERPRETED
 from operators import close, randn
-from pyramid_attention_problems import BACKENDS, FUSED
+from pyramid_attention_problems import BACKENDS, FUSED, HARD_BACKENDS
 from torch import Tensor
 
 from restore_kernels import explain, pyramid_attention, use_backend
 
 COMPILED = [backend for backend in BACKENDS if backend not in INTERPRETED]
 QUICK = [backend for backend in FUSED if backend in COMPILED]
-HARD = pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 LEVELS = ((5, 6), (3, 4))
+
+
+def soft_and_hard(backends: Sequence[str]) -> list[tuple[str, bool]]:
+    """The backends with whether matching is hard, as far as they have it."""
+    return [(name, hard) for name in backends for hard in (False, True) if not hard or name in HARD_BACKENDS]
+
+
+def each_way(backends: Sequence[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("backend", "hard"), soft_and_hard(backends))
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +60,7 @@ def wanted(hard: bool) -> tuple[int, ...]:
 @pytest.mark.parametrize(
     ("backend", "compiler", "hard"),
     [
-        *((backend, "aot_eager", hard) for backend in QUICK for hard in (False, True)),
+        *((backend, "aot_eager", hard) for backend, hard in soft_and_hard(QUICK)),
         *((backend, "inductor", False) for backend in QUICK), ("eager", "aot_eager", False),
     ],
 )  # fmt: skip
@@ -70,8 +78,7 @@ def test_compiles_in_one_graph_with_its_backward(backend, compiler, hard):
         close(grad, expected_grad)
 
 
-@HARD
-@pytest.mark.parametrize("backend", COMPILED)
+@each_way(COMPILED)
 def test_one_graph_serves_every_size_and_needs_no_gradients(backend, hard):
     graphs = []
 
@@ -91,9 +98,8 @@ def test_one_graph_serves_every_size_and_needs_no_gradients(backend, hard):
     assert len(graphs) == 1
 
 
-@HARD
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", COMPILED)
+@each_way(COMPILED)
 def test_autocast_is_that_of_a_matrix_product(backend, dtype, hard):
     inputs = [x.requires_grad_() for x in images()]
     inputs[1] = inputs[1].detach().to(dtype).requires_grad_()  # autocast mixes them
@@ -111,9 +117,8 @@ def test_autocast_leaves_float64_alone():
         assert attention(*(x.double() for x in images()), backend="eager").dtype == torch.float64
 
 
-@HARD
 @pytest.mark.parametrize("position", range(5))
-@pytest.mark.parametrize("backend", QUICK)
+@each_way(QUICK)
 def test_gradient_of_one_input_alone(backend, position, hard):
     if position not in wanted(hard):
         pytest.skip("hard matching has gradients to values alone")
@@ -125,8 +130,7 @@ def test_gradient_of_one_input_alone(backend, position, hard):
     close(*grads)
 
 
-@HARD
-@pytest.mark.parametrize("backend", QUICK)
+@each_way(QUICK)
 def test_inference_mode_keeps_no_graph(backend, hard):
     inputs = [x.requires_grad_() for x in images()]
     expected = attention(*inputs, hard=hard, backend=backend)
@@ -143,14 +147,12 @@ def assert_as_eager(transform: Callable, inputs: list[Tensor], backend: str, har
         close(result, expected)
 
 
-@HARD
-@pytest.mark.parametrize("backend", QUICK)
+@each_way(QUICK)
 def test_grad(backend, hard):
     assert_as_eager(lambda f: torch.func.grad(f, argnums=wanted(hard)), images(), backend, hard)
 
 
-@HARD
-@pytest.mark.parametrize("backend", QUICK)
+@each_way(QUICK)
 def test_vmap(backend, hard):
     """Mapped over the last dimension of one input and the first of others; the rest are shared."""
     query, key, *rest = images(2)
@@ -159,15 +161,13 @@ def test_vmap(backend, hard):
     assert_as_eager(vmap, inputs, backend, hard)
 
 
-@HARD
-@pytest.mark.parametrize("backend", QUICK)
+@each_way(QUICK)
 def test_per_sample_gradients(backend, hard):
     per_sample = lambda f: torch.func.vmap(torch.func.grad(f, wanted(hard)))  # noqa: E731
     assert_as_eager(per_sample, images(2), backend, hard)
 
 
-@HARD
-@pytest.mark.parametrize("backend", QUICK)
+@each_way(QUICK)
 def test_a_second_derivative_is_an_error_that_names_the_way_out(backend, hard):
     inputs = [x.requires_grad_() for x in images()]
     (grad,) = torch.autograd.grad(loss(backend, hard)(*inputs), inputs[4:], create_graph=True)

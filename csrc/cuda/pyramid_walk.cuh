@@ -221,11 +221,10 @@ struct Walk : Shape<T, PASS> {
       if constexpr (Does::mixes) zero(s);
       return;
     }
-    constexpr bool needs_row_sums = Does::mixes_first;
-    Pixels<2 * A, needs_row_sums> own(p, Does::owns_keys, image, p.owned[0], y,
-                                      [&](int i) { return left + 2 * A * group + i; });
-    Pixels<2 * B, needs_row_sums> other(p, !Does::owns_keys, image, p.streamed[0], y + offset,
-                                        [&](int i) { return column + B * (2 * member + i % 2) + i / 2; });
+    const Pixels<2 * A, Does::owns_keys> own(p, image, p.owned[0], y, [&](int i) { return left + 2 * A * group + i; });
+    const Pixels<2 * B, !Does::owns_keys> other(p, image, p.streamed[0], y + offset, [&](int i) {
+      return column + B * (2 * member + i % 2) + i / 2;
+    });
 #pragma unroll
     for (int half = 0; half < 2 * A; ++half) {
       float total = 0;
@@ -280,21 +279,26 @@ struct Walk : Shape<T, PASS> {
   }
 
   // What is known of N pixels of a row, of keys or of the query.
-  template <int N, bool ROW_SUMS>
+  template <int N, bool OF_KEYS>
   struct Pixels {
     bool inside[N];
-    float value[N];                      // scale or log_sum_exp
-    float row_sum[ROW_SUMS ? N : 1] = {};  // of the query
+    float value[N] = {};    // scale, or log_sum_exp where it is known
+    float row_sum[N] = {};  // of the query
 
     template <typename Place>
-    __device__ Pixels(const Problem& p, bool of_keys, int64_t image, const Image& at, int y, Place place) {
+    __device__ Pixels(const Problem& p, int64_t image, const Image& at, int y, Place place) {
       const int64_t row = image * at.pixels() + static_cast<int64_t>(y) * at.width;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const int x = place(i);
         inside[i] = x >= 0 && x < at.width;
-        value[i] = inside[i] ? __ldg((of_keys ? p.scales : p.log_sum_exp) + row + x) : 0;
-        if constexpr (ROW_SUMS) row_sum[i] = !of_keys && inside[i] ? __ldg(p.row_sums + row + x) : 0;
+        if (!inside[i]) continue;
+        if constexpr (OF_KEYS) {
+          value[i] = __ldg(p.scales + row + x);
+        } else if constexpr (PASS != Pass::kStatistics) {
+          value[i] = __ldg(p.log_sum_exp + row + x);
+          if constexpr (Does::mixes_first) row_sum[i] = __ldg(p.row_sums + row + x);
+        }
       }
     }
   };

@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from restore_kernels import checks
+from restore_kernels import checks, native
 from restore_kernels.backends import Call, choose
 from restore_kernels.functions import eager
 from restore_kernels.pyramid_attention import autograd, reference
 
 PATCH_SIZES = (1, 3, 5, 7)
+CUDA_CHANNELS = (32, 64)  # the most that the CUDA C++ kernels take, of query and keys, of values
+CUDA_SHARED_BYTES = 163 * 1024  # of a block, which they may need then
 
 
 def pyramid_attention(
@@ -98,8 +100,21 @@ def _check(query, keys, values, patch_size, softmax_scale, eps, out_scale) -> No
 def _call(
     query: Tensor, keys: list[Tensor], values: list[Tensor], patch_size: int, hard: bool
 ) -> Call:  # fmt: skip
-    kind = "hard" if hard else "soft"
-    return Call("pyramid_attention", kind, (query, *keys, *values), "it has no kernels for this operator")
+    kind, uncovered = "hard" if hard else "soft", _uncovered(query, values[0], patch_size, hard)
+    return Call("pyramid_attention", kind, (query, *keys, *values), uncovered)
+
+
+def _uncovered(query: Tensor, value: Tensor, patch_size: int, hard: bool) -> str | None:
+    """Why the CUDA C++ kernels do not take a call."""
+    if hard:
+        return "it has no kernels for hard=True"
+    if patch_size != 3:
+        return f"its kernels are for patch_size 3, got {patch_size}"
+    most = zip(("query", "values"), (query, value), CUDA_CHANNELS, strict=True)
+    for name, x, channels in most:
+        if x.shape[1] > channels:
+            return f"its kernels take at most {channels} channels of {name}, got {x.shape[1]}"
+    return native.why_little_shared_memory(query.device.type, query.device.index, CUDA_SHARED_BYTES)
 
 
 def _plan(query, keys, values, *, patch_size=3, softmax_scale=10.0, eps=1e-4, out_scale=0.25, hard=False,
