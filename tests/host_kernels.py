@@ -60,21 +60,8 @@ def build(name: str) -> Path:
 
 def build_library(folder: Path, names: Sequence[str], library: Path) -> None:
     """A library of some sources of a copy of csrc/cuda, without the tests' own."""
-    paths = [folder / name for name in names]
-    _run(
-        [
-            *COMPILE,
-            f"-I{folder}",
-            *_includes(),
-            "-shared",
-            "-x",
-            "c++",
-            *paths,
-            *_torch_libraries(),
-            "-o",
-            library,
-        ]
-    )
+    sources = ["-x", "c++", *(folder / name for name in names), "-x", "none"]
+    _run([*COMPILE, f"-I{folder}", *_includes(), "-shared", *sources, *_torch_libraries(), "-o", library])
 
 
 def up_to_date(name: str) -> Path | None:
