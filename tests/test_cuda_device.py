@@ -12,9 +12,9 @@ import pytest
 
 # Of a processor: 32-bit registers, and bytes of shared memory, of which every block takes 1 KiB besides.
 REGISTERS, SHARED = 65536, {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
-GRAM_BLOCKS = 3  # of 128 threads, at once on one processor
+GRAM_BLOCKS = {"f": 2, "13__nv_bfloat16": 3, "6__half": 3}  # of 128 threads, at once on one processor
 PRODUCTS = {"f": "HMMA.1688.F32.TF32", "13__nv_bfloat16": "HMMA.16816.F32.BF16", "6__half": "HMMA.16816.F32"}
-GRAM = re.compile(rf"channel_gram_kernelI({'|'.join(PRODUCTS)})Lb[01]ELb([01])E")  # dtype, WIDE, COPY
+GRAM = re.compile(rf"channel_gram_kernelI({'|'.join(PRODUCTS)})Lb[01]E")  # dtype, WIDE
 
 
 @pytest.fixture(scope="module", params=[80, 90, 100])
@@ -40,12 +40,12 @@ def test_resources_on_devices(compiled):
     for report in reports:
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, report
     grams = [(match, report) for report in reports if (match := GRAM.search(report))]
-    assert len(grams) == 3 * 2
-    for _, report in grams:
+    assert len(grams) == 3
+    for match, report in grams:
         registers, shared = map(int, re.findall(r"Used (\d+) registers.*?(\d+) bytes smem", report)[0])
         granted = -(-registers // 8) * 8 * 128  # in units of eight a thread
         blocks = min(REGISTERS // granted, SHARED[architecture] // (shared + 1024))
-        assert blocks >= GRAM_BLOCKS, report
+        assert blocks >= GRAM_BLOCKS[match[1]], report
 
 
 def test_instructions_on_devices(compiled):
@@ -55,8 +55,8 @@ def test_instructions_on_devices(compiled):
     command = [tool, "--dump-sass", compiled[2]]
     dumped = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     kernels = [(match, code) for code in dumped.split("Function : ") if (match := GRAM.search(code))]
-    assert len(kernels) == 3 * 2
+    assert len(kernels) == 3
     for match, code in kernels:
         expected = [PRODUCTS[match[1]]] * (3 * 6 * (3 if match[1] == "f" else 1))
         assert re.findall(r"\bHMMA\S*", code) == expected, match[0]
-        assert ("LDGSTS.E.BYPASS.128" in code) == (match[2] == "1"), match[0]
+        assert "LDGSTS.E.BYPASS.128" in code, match[0]

@@ -61,6 +61,7 @@ struct Apply {
   int64_t pitch;      // a multiple of 8
   int64_t pixels;
   int64_t run, runs;  // tiles of a run; runs of an image
+  bool copies;        // rows_align of all x and out
 };
 
 // Words from row to row of a matrix in shared memory: by their remainders by 32, lanes that read word
@@ -180,11 +181,11 @@ __device__ void pass_gate(const Side<T, M>& side, int64_t batch, int64_t index, 
 }
 
 // The warp's slice of a tile, to rows and pixels from these on.
-template <bool COPY, typename T>
-__device__ __forceinline__ void store_slice(const Tile& tile, int warp, T* group, const Rows<T>& x, int row, int rows,
-                                            int64_t pixel, int64_t end) {
+template <typename T>
+__device__ __forceinline__ void store_slice(bool vectors, const Tile& tile, int warp, T* group, const Rows<T>& x,
+                                            int row, int rows, int64_t pixel, int64_t end) {
   const int lane = threadIdx.x % 32;
-  if constexpr (COPY) {
+  if (vectors) {
 #pragma unroll
     for (int i = 0; i < kTile / 16; ++i) {
       const int r = 16 * i + lane / 2, word = 8 * warp + lane % 2 * 4;
@@ -218,8 +219,8 @@ size_t apply_shared_bytes(int inner) {
 }
 
 // Grid: B * groups * runs * row tiles, these running fastest. With two sides rows = inner, and the x of
-// one is what the other's radial multiplies. COPY: rows_align of all x and out.
-template <typename T, typename M, int SIDES, bool COPY>
+// one is what the other's radial multiplies.
+template <typename T, typename M, int SIDES>
 __global__ void __launch_bounds__(kThreads) channel_apply_kernel(const Apply<T, M, SIDES> p) {
   constexpr bool wide = sizeof(M) == 4;
   DYNAMIC_SHARED(ApplyStorage<SIDES>, storage);
@@ -241,8 +242,8 @@ __global__ void __launch_bounds__(kThreads) channel_apply_kernel(const Apply<T, 
 #pragma unroll
       for (int s = 0; s < SIDES; ++s) {
         const auto& side = p.side[s];
-        load_tile<COPY, T>(side.x.group(batch, index), side.x, column, p.inner, pixel, p.pixels,
-                           storage->tiles[step % kStages][s]);
+        load_tile<T>(p.copies, side.x.group(batch, index), side.x, column, p.inner, pixel, p.pixels,
+                     storage->tiles[step % kStages][s]);
         if (chunks > 1 || step == 0)
           copy_matrix<M>(side.matrix + matrix * p.rows * p.pitch, row, p.rows, column, p.inner, p.pitch,
                          matrices[chunks > 1 ? step % kStages : 0][s]);
@@ -327,7 +328,7 @@ __global__ void __launch_bounds__(kThreads) channel_apply_kernel(const Apply<T, 
 #pragma unroll
     for (int s = 0; s < SIDES; ++s) {
       const auto& to = p.side[s].out;
-      store_slice<COPY, T>(x[s], warp, to.group(batch, index), to, row, p.rows, pixel, p.pixels);
+      store_slice<T>(p.copies, x[s], warp, to.group(batch, index), to, row, p.rows, pixel, p.pixels);
 #pragma unroll
       for (int i = 0; i < static_cast<int>(sizeof(out[s]) / sizeof(float)); ++i) (&out[s][0][0][0])[i] = 0;
     }

@@ -112,7 +112,7 @@ void launch_rows(void (*narrow)(Problem), void (*wide)(Problem), const Call& cal
 // a (gate b)ᵀ over the pixels of every group: (B * groups, chunks, size).
 template <typename T>
 Tensor gram(const Call& call, const Tensor& a, const Tensor& b, int64_t groups) {
-  Gram<T> p{rows_of<const T>(a), rows_of<const T>(b), call.gate(), groups, 0, 0, call.pixels, 0, 1, nullptr};
+  Gram<T> p{rows_of<const T>(a), rows_of<const T>(b), call.gate(), groups, 0, 0, call.pixels, 0, 1, nullptr, false};
   const auto rows = [&](const Tensor& x) { return static_cast<int>(x.dim() == 3 ? x.size(1) : x.size(1) * x.size(2) / groups); };
   p.a_rows = rows(a);
   p.b_rows = rows(b);
@@ -128,16 +128,16 @@ Tensor gram(const Call& call, const Tensor& a, const Tensor& b, int64_t groups) 
   const int64_t products = ceil_divide(p.a_rows, kTile) * ceil_divide(p.b_rows, kTile);
   const int64_t blocks = std::max<int64_t>(1, matrices * products);
   constexpr bool narrow = sizeof(T) == 2;
-  const int at_once = call.mask || !narrow ? kGramBlocks<T, true> : kGramBlocks<T, !narrow>;
+  const int at_once = narrow && !call.mask ? kGramBlocks<false> : kGramBlocks<true>;
   const int64_t wanted = std::max<int64_t>(1, at_once * processors() / blocks);
   p.chunk = std::max<int64_t>(2, ceil_divide(tiles, wanted)) * kTilePixels<T>;
   p.chunks = ceil_divide(call.pixels, p.chunk);
   const Tensor partials = empty_float32(a, {matrices, p.chunks, p.size()});
   p.partials = static_cast<float*>(partials.data_ptr());
-  const bool copies = rows_align(p.a.x) && rows_align(p.b.x);
-  void (*kernel)(Gram<T>) = copies ? channel_gram_kernel<T, true, true> : channel_gram_kernel<T, true, false>;
+  p.copies = rows_align(p.a.x) && rows_align(p.b.x);
+  void (*kernel)(Gram<T>) = channel_gram_kernel<T, true>;
   if constexpr (narrow) {
-    if (!call.mask) kernel = copies ? channel_gram_kernel<T, false, true> : channel_gram_kernel<T, false, false>;
+    if (!call.mask) kernel = channel_gram_kernel<T, false>;
   }
   launch(kernel, blocks * p.chunks, kThreads, 0, p);
   return partials;
@@ -183,11 +183,10 @@ struct Stream {
 
 template <typename T, typename M, int SIDES>
 void launch_apply(const Call& call, const std::array<Stream, SIDES>& streams, int64_t groups, int rows, int inner) {
-  Apply<T, M, SIDES> p{{}, groups, rows, inner, streams[0].matrix.stride(2), call.pixels, 1, 1};
-  bool copies = true;
+  Apply<T, M, SIDES> p{{}, groups, rows, inner, streams[0].matrix.stride(2), call.pixels, 1, 1, true};
   for (int s = 0; s < SIDES; ++s) {
     p.side[s] = streams[s].template side<T, M>(call);
-    copies &= rows_align(p.side[s].x.x) && rows_align(p.side[s].out.x);
+    p.copies &= rows_align(p.side[s].x.x) && rows_align(p.side[s].out.x);
   }
   // One wave of four blocks a processor.
   const int64_t tiles = ceil_divide(call.pixels, kTilePixels<T>), matrices = call.batch * groups;
@@ -195,8 +194,7 @@ void launch_apply(const Call& call, const std::array<Stream, SIDES>& streams, in
   p.run = std::max<int64_t>(1, ceil_divide(tiles * matrices * row_tiles, 4 * processors()));
   p.run = std::min(p.run, tiles);
   p.runs = ceil_divide(tiles, p.run);
-  const auto kernel = copies ? channel_apply_kernel<T, M, SIDES, true> : channel_apply_kernel<T, M, SIDES, false>;
-  launch(kernel, matrices * p.runs * row_tiles, kThreads, apply_shared_bytes<M, SIDES>(inner), p);
+  launch(channel_apply_kernel<T, M, SIDES>, matrices * p.runs * row_tiles, kThreads, apply_shared_bytes<M, SIDES>(inner), p);
 }
 
 template <typename T, int SIDES>
@@ -204,7 +202,7 @@ void apply(const Call& call, const std::array<Stream, SIDES>& streams, int64_t g
   const int r = static_cast<int>(rows), i = static_cast<int>(inner);
   if (call.is_short()) {
     for (const Stream& stream : streams) {
-      const Apply<T, float, 1> p{{stream.template side<T, float>(call)}, groups, r, i, stream.matrix.stride(2), call.pixels, 1, 1};
+      const Apply<T, float, 1> p{{stream.template side<T, float>(call)}, groups, r, i, stream.matrix.stride(2), call.pixels, 1, 1, false};
       const int64_t elements = call.batch * groups * rows * call.pixels;
       launch(channel_short_apply_kernel<T>, ceil_divide(elements, kThreads), kThreads, 0, p, elements);
     }

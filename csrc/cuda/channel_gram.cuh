@@ -21,16 +21,16 @@
 // 14 µs on A100 at 1.8 TB/s. Not measured yet. A gate is read where it is used, 4 bytes an element.
 //
 // Occupancy: three blocks (12 warps) a processor, by registers (at most 168 a thread) and by shared memory
-// (41 KiB a block); two where a gate multiplies 16-bit elements (at most 255 registers). Two tiles a block are 72 KiB on their way to a processor, where 4.3 TB/s at 0.8 µs of
-// latency need 26 KiB.
+// (41 KiB a block); two for float32 and with a gate, by registers (at most 255). Two tiles a block are 55 to
+// 83 KiB on their way to a processor, where 4.3 TB/s at 0.8 µs of latency need 26 KiB.
 #pragma once
 
 #include "channel_tiles.cuh"
 
 namespace restore_kernels::channel {
 
-template <typename T, bool WIDE>
-constexpr int kGramBlocks = WIDE && sizeof(T) == 2 ? 2 : 3;  // on one processor at once
+template <bool WIDE>
+constexpr int kGramBlocks = WIDE ? 2 : 3;  // on one processor at once
 
 template <typename T>
 struct Gram {
@@ -41,6 +41,7 @@ struct Gram {
   int64_t pixels;
   int64_t chunk, chunks;  // pixels of a chunk, a multiple of kTilePixels<T>; chunks of an image
   float* partials;        // (B * groups, chunks, size())
+  bool copies;            // rows_align of both
 
   __host__ __device__ int64_t size() const { return static_cast<int64_t>(a_rows) * b_rows + a_rows + b_rows; }
 };
@@ -122,10 +123,10 @@ __device__ __forceinline__ void add_wide(const Tile& a_tile, const Tile& b_tile,
   }
 }
 
-// Grid: B * groups * chunks * tiles of the product, these running fastest. COPY: rows_align of both.
-// WIDE: for float32, and with a gate.
-template <typename T, bool WIDE, bool COPY>
-__global__ void __launch_bounds__(kThreads, kGramBlocks<T, WIDE>) channel_gram_kernel(const Gram<T> p) {
+// Grid: B * groups * chunks * tiles of the product, these running fastest. WIDE: for float32,
+// and with a gate.
+template <typename T, bool WIDE>
+__global__ void __launch_bounds__(kThreads, kGramBlocks<WIDE>) channel_gram_kernel(const Gram<T> p) {
   static_assert(WIDE || sizeof(T) == 2);
   SHARED(GramStorage, storage);
   const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
@@ -136,14 +137,15 @@ __global__ void __launch_bounds__(kThreads, kGramBlocks<T, WIDE>) channel_gram_k
   const int64_t chunk = owned % p.chunks, batch = owned / p.chunks / p.groups, index = owned / p.chunks % p.groups;
   const int64_t begin = chunk * p.chunk, end = begin + p.chunk < p.pixels ? begin + p.chunk : p.pixels;
   const T *a = p.a.group(batch, index), *b = p.b.group(batch, index);
+  const float* gates = p.gate.x.data ? p.gate.group(batch, index) : nullptr;
   const int steps = static_cast<int>((end - begin + kTilePixels<T> - 1) / kTilePixels<T>);
 
   const auto load = [&](int step) {
     if (step < steps) {
       auto& tile = storage.tiles[step % kStages];
       const int64_t pixel = begin + static_cast<int64_t>(step) * kTilePixels<T>;
-      load_tile<COPY, T>(a, p.a, a_row, p.a_rows, pixel, end, tile[0]);
-      load_tile<COPY, T>(b, p.b, b_row, p.b_rows, pixel, end, tile[1]);
+      load_tile<T>(p.copies, a, p.a, a_row, p.a_rows, pixel, end, tile[0]);
+      load_tile<T>(p.copies, b, p.b, b_row, p.b_rows, pixel, end, tile[1]);
     }
     commit_copies();  // also an empty group: waiting counts groups
   };
@@ -162,8 +164,8 @@ __global__ void __launch_bounds__(kThreads, kGramBlocks<T, WIDE>) channel_gram_k
       for (int e = 0; e < kElements<T>; ++e) {
         const auto gate = [&](int row, int i) {
           const int64_t pixel = first + i * 4 * kElements<T> + e;
-          if (!p.gate.x.data || b_row + row >= p.b_rows || pixel >= end) return 1.0f;
-          return __ldg(p.gate.group(batch, index) + p.gate.offset(b_row + row) + pixel * p.gate.x.stride[3]);
+          if (!gates || b_row + row >= p.b_rows || pixel >= end) return 1.0f;
+          return __ldg(gates + p.gate.offset(b_row + row) + pixel * p.gate.x.stride[3]);
         };
         add_wide<T>(tile[0], tile[1], group, word, e, gate, sums);
       }

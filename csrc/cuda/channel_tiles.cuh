@@ -91,10 +91,10 @@ __device__ __forceinline__ void load_elements(const T* group, const Rows<const T
   }
 }
 
-template <bool COPY, typename T>
-__device__ __forceinline__ void load_tile(const T* group, const Rows<const T>& x, int row, int rows, int64_t pixel,
-                                          int64_t end, Tile& tile) {
-  if constexpr (COPY) copy_tile<T>(group, x, row, rows, pixel, end, tile);
+template <typename T>
+__device__ __forceinline__ void load_tile(bool copies, const T* group, const Rows<const T>& x, int row, int rows,
+                                          int64_t pixel, int64_t end, Tile& tile) {
+  if (copies) copy_tile<T>(group, x, row, rows, pixel, end, tile);
   else load_elements<T>(group, x, row, rows, pixel, end, tile);
 }
 

@@ -5,12 +5,9 @@
 namespace restore_kernels {
 
 namespace channel {
-template __global__ void channel_gram_kernel<float, true, true>(Gram<float>);
-template __global__ void channel_gram_kernel<float, true, false>(Gram<float>);
-template __global__ void channel_gram_kernel<bfloat16, false, true>(Gram<bfloat16>);
-template __global__ void channel_gram_kernel<bfloat16, false, false>(Gram<bfloat16>);
-template __global__ void channel_gram_kernel<float16, false, true>(Gram<float16>);
-template __global__ void channel_gram_kernel<float16, false, false>(Gram<float16>);
+template __global__ void channel_gram_kernel<float, true>(Gram<float>);
+template __global__ void channel_gram_kernel<bfloat16, false>(Gram<bfloat16>);
+template __global__ void channel_gram_kernel<float16, false>(Gram<float16>);
 }  // namespace channel
 
 namespace probes {

@@ -26,15 +26,13 @@ bool run_gram(uintptr_t a, const Sizes& as, uintptr_t b, const Sizes& bs, const 
     return Rows<const T>{{pointer<const T>(data), {strides[0], strides[1], strides[2], strides[3]}}, channels};
   };
   const int count = static_cast<int>(channels);
-  const Gram<T> p{rows(a, as), rows(b, bs), {}, heads, count, count, pixels, chunk, chunks, pointer<float>(partials)};
+  const Gram<T> p{rows(a, as), rows(b, bs), {}, heads, count, count, pixels, chunk, chunks, pointer<float>(partials),
+                  rows_align(rows(a, as).x) && rows_align(rows(b, bs).x)};
   const int64_t tiles = (channels + kTile - 1) / kTile;
-  const bool copies = rows_align(p.a.x) && rows_align(p.b.x);
-  constexpr bool wide = sizeof(T) == 4;
-  cuda_host::launch(copies ? channel_gram_kernel<T, wide, true> : channel_gram_kernel<T, wide, false>,
-                    batch * heads * chunks * tiles * tiles, kThreads, 0, seed, p);
+  cuda_host::launch(channel_gram_kernel<T, sizeof(T) == 4>, batch * heads * chunks * tiles * tiles, kThreads, 0, seed, p);
   cuda_host::launch(channel_gram_sum_kernel, (batch * heads * p.size() + kThreads - 1) / kThreads, kThreads, 0, seed,
                     pointer<const float>(partials), pointer<float>(sums), batch * heads, chunks, p.size());
-  return copies;
+  return p.copies;
 }
 
 }  // namespace
