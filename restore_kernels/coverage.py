@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 MOST_CHANNELS, MOST_BRANCHES = 256, 32  # csrc/cuda/channel_rows.cuh
+MOST_TOKEN_COLUMNS, MOST_TOKEN_BRANCHES = 128, 8  # csrc/cuda/token_launch.h, csrc/cuda/token_weights.cuh
 
 
 def cuda_channels(q: Tensor, branches: int = 1) -> str | None:
@@ -13,4 +14,15 @@ def cuda_channels(q: Tensor, branches: int = 1) -> str | None:
         return f"its channel kernels take heads of at most {MOST_CHANNELS} channels, got {q.shape[2]}"
     if branches > MOST_BRANCHES:
         return f"its channel kernels take at most {MOST_BRANCHES} branches, got {branches}"
+    return None
+
+
+def cuda_tokens(q: Tensor, v: Tensor, branches: int = 1) -> str | None:
+    """Why they do not cover attention between the tokens of q and v in so many branches, or None."""
+    for name, x in (("q and k", q), ("v", v)):
+        if x.shape[3] > MOST_TOKEN_COLUMNS:
+            most = f"its token kernels take rows of at most {MOST_TOKEN_COLUMNS}"
+            return f"{most}, those of {name} have {x.shape[3]}"
+    if branches > MOST_TOKEN_BRANCHES:
+        return f"its token kernels take at most {MOST_TOKEN_BRANCHES} branches, got {branches}"
     return None

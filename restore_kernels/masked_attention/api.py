@@ -88,8 +88,7 @@ def _check(q, k, v, mask, temperature, layout, out_proj) -> None:
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, layout: str) -> Call:
-    tokens = "it has no kernels for the token layout"
-    uncovered = coverage.cuda_channels(q) if layout == "channel" else tokens
+    uncovered = coverage.cuda_channels(q) if layout == "channel" else coverage.cuda_tokens(q, v)
     return Call("masked_attention", layout, (q, k, v), uncovered)
 
 

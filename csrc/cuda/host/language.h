@@ -32,6 +32,7 @@ inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits);
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 
 inline float __expf(float x) { return std::exp(x); }
+inline int __popc(unsigned x) { return std::popcount(x); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 
 template <typename T>
