@@ -108,8 +108,10 @@ def _check_topk(topk: TopK, row: int) -> list[int]:
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, layout: str, branches: int) -> Call:
-    tokens = "it has no kernels for the token layout"
-    uncovered = coverage.cuda_channels(q, branches) if layout == "channel" else tokens
+    if layout == "channel":
+        uncovered = coverage.cuda_channels(q, branches)
+    else:
+        uncovered = coverage.cuda_tokens(q, v, branches)
     return Call("topk_attention", layout, (q, k, v), uncovered)
 
 
