@@ -1,10 +1,11 @@
-"""Fused attention operators for image restoration, with autograd.
+"""Fused operators for image restoration, with autograd.
 
 Importing this package loads neither Triton nor CUDA nor the compiled library: each is loaded by
 the first call that needs it, and everything works (slower) where none of them exists.
 """
 
 from restore_kernels.backends import explain, use_backend
+from restore_kernels.channel_norm import channel_norm
 from restore_kernels.info import info
 from restore_kernels.masked_attention import masked_attention
 from restore_kernels.pyramid_attention import pyramid_attention
@@ -14,6 +15,7 @@ from restore_kernels.version import __version__
 
 __all__ = [
     "__version__",
+    "channel_norm",
     "explain",
     "info",
     "masked_attention",

@@ -70,6 +70,17 @@ def broadcastable(
     _same_device(name, x, q)
 
 
+def per_channel(name: str, x: Any, image: Tensor) -> None:
+    """A tensor of one number per channel of the image x (B, C, H, W), on its device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name} must be {_names(FLOATING)}; got {_name(x.dtype)}")
+    if x.dim() != 1 or x.shape[0] != image.shape[1]:
+        raise ValueError(f"{name} must have shape ({image.shape[1]},), one per channel; got {tuple(x.shape)}")
+    _same_device(name, x, image, "x")
+
+
 def attention_inputs(q: Any, k: Any, v: Any, layout: Any) -> int:
     """q, k and v of an attention operator; returns the length of a row of similarities."""
     if layout not in ("channel", "token"):

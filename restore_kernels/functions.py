@@ -102,11 +102,11 @@ def sum_to(grad: Tensor, x: Tensor) -> Tensor:
 
 def map_over_batch(
     function: type[torch.autograd.Function], info: Any, in_dims: Sequence[int | None],
-    args: Sequence[Any], *, fold: bool = True, unbatched: int | None = None,
+    args: Sequence[Any], *, fold: bool = True, unbatched: Sequence[int] = (),
 ) -> tuple[tuple[Tensor, ...], int]:  # fmt: skip
     """The vmap rule: the mapped dimension joins the batch if ``fold``, else there is one call per slice.
 
-    ``args[unbatched]`` alone has no batch dimension that the mapped one could join.
+    The arguments at the positions ``unbatched`` have no batch dimension that the mapped one could join.
     """
     size = info.batch_size
 
@@ -114,7 +114,7 @@ def map_over_batch(
         return isinstance(x, Tensor) and dim is not None
 
     def folded(position: int, x: Any, dim: int | None) -> Any:
-        if not isinstance(x, Tensor) or position == unbatched:
+        if not isinstance(x, Tensor) or position in unbatched:
             return x
         x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
         return x.flatten(0, 1)

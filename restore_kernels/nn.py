@@ -6,18 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from restore_kernels.channel_norm import channel_norm
 from restore_kernels.masked_attention import masked_attention
 from restore_kernels.pyramid_attention import pyramid_attention
 from restore_kernels.pyramid_attention.api import PATCH_SIZES
 from restore_kernels.topk_attention import topk_attention
 
 __all__ = [
+    "ChannelNorm",
     "DynamicDualAttention",
     "MultiDconvAttention",
     "MultiInputAttention",
     "PyramidAttention",
     "TopKSparseAttention",
 ]
+
+
+NORMS = ("WithBias", "BiasFree")
 
 
 def _check_heads(dim: int, heads: int) -> None:
@@ -39,6 +44,36 @@ def _as_image(out: Tensor, like: Tensor, bias: Tensor | None) -> Tensor:
     """(B, dim, H * W) -> (B, dim, H, W), plus the bias of the output projection."""
     out = out.unflatten(2, like.shape[2:])
     return out if bias is None else out + bias[:, None, None].to(out.dtype)
+
+
+class ChannelNorm(nn.Module):
+    """Layer normalisation of every pixel over its channels (biased variance, eps 1e-5).
+
+    ``WithBias`` subtracts the mean, scales and shifts. ``BiasFree`` neither subtracts the mean nor
+    shifts: it divides by the standard deviation and scales. Source: Restormer (arXiv 2111.09881).
+
+    Args:
+        dim: channels of the image.
+        norm: ``"WithBias"`` or ``"BiasFree"``.
+
+    Shape: (B, dim, H, W) -> (B, dim, H, W), in the dtype and memory format of the input.
+    """
+
+    eps = 1e-5
+
+    def __init__(self, dim: int, norm: str = "WithBias") -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1; got {dim}")
+        if norm not in NORMS:
+            raise ValueError(f"norm must be {' or '.join(map(repr, NORMS))}; got {norm!r}")
+        self.dim = dim
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if norm == "WithBias" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_image("x", x, self.dim)
+        return channel_norm(x, self.weight, self.bias, eps=self.eps)
 
 
 class _ProjectedAttention(nn.Module):

@@ -138,6 +138,16 @@ def _pyramid(dtype: torch.dtype, patch_size: int, depth: int, width: int, hard: 
     launchers.pyramid_attention_backward(out, *call, log_sum_exp, patch_size, 10.0, 1e-4, 0.25)
 
 
+def _channel_norm(dtype: torch.dtype, channels: int, biased: bool, pixel_major: bool = False) -> None:
+    from restore_kernels.channel_norm import triton_launch as launchers
+
+    x = _empty((2, channels, 64, 64), dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if pixel_major else x
+    weight = _empty((channels,), torch.float32)
+    out, *saved = launchers.channel_norm(x, weight, weight if biased else None, 1e-5)
+    launchers.channel_norm_backward(out, x, weight, *saved, biased)
+
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "channel heads=1": lambda dtype: _topk_channel(dtype),
     "channel heads=1 out_proj": lambda dtype: _topk_channel(dtype, projected=True),
@@ -154,6 +164,9 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "pyramid 3x3 Cq=32 Cv=64 hard": lambda dtype: _pyramid(dtype, 3, 32, 64, hard=True),
     "pyramid 3x3 Cq=32 Cv=256": lambda dtype: _pyramid(dtype, 3, 32, 256),
     "pyramid 7x7 Cq=32 Cv=64": lambda dtype: _pyramid(dtype, 7, 32, 64),
+    "channel norm C=48": lambda dtype: _channel_norm(dtype, 48, True),
+    "channel norm C=48 channels_last": lambda dtype: _channel_norm(dtype, 48, True, pixel_major=True),
+    "channel norm C=384 without bias": lambda dtype: _channel_norm(dtype, 384, False),
     "pyramid 1x1 Cq=5 Cv=3": lambda dtype: _pyramid(dtype, 1, 5, 3),
 }
 

@@ -75,7 +75,7 @@ class ChannelMaskedAttention(OperatorFunction):
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any):
         fold = in_dims[5] is None
-        return map_over_batch(ChannelMaskedAttention, info, in_dims, args, fold=fold, unbatched=5)
+        return map_over_batch(ChannelMaskedAttention, info, in_dims, args, fold=fold, unbatched=(5,))
 
 
 class ChannelMaskedAttentionBackward(BackwardFunction):
@@ -92,7 +92,7 @@ class ChannelMaskedAttentionBackward(BackwardFunction):
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any):
         # One call per slice where a gradient has no batch: out_proj's, and an absent mask's empty one.
         fold = args[6] is None and args[4] is not None
-        return map_over_batch(ChannelMaskedAttentionBackward, info, in_dims, args, fold=fold, unbatched=6)
+        return map_over_batch(ChannelMaskedAttentionBackward, info, in_dims, args, fold=fold, unbatched=(6,))
 
 
 class TokenMaskedAttention(OperatorFunction):

@@ -68,7 +68,7 @@ class ChannelTopKAttention(OperatorFunction):
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any):
         fold = in_dims[5] is None
-        return map_over_batch(ChannelTopKAttention, info, in_dims, args, fold=fold, unbatched=5)
+        return map_over_batch(ChannelTopKAttention, info, in_dims, args, fold=fold, unbatched=(5,))
 
 
 class ChannelTopKAttentionBackward(BackwardFunction):
@@ -86,7 +86,7 @@ class ChannelTopKAttentionBackward(BackwardFunction):
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any):
         fold = args[6] is None  # the gradient of out_proj is summed over the batch
-        return map_over_batch(ChannelTopKAttentionBackward, info, in_dims, args, fold=fold, unbatched=6)
+        return map_over_batch(ChannelTopKAttentionBackward, info, in_dims, args, fold=fold, unbatched=(6,))
 
 
 class TokenTopKAttention(OperatorFunction):

@@ -1,4 +1,4 @@
-"""What the networks are built of: the normalisation, the transformer block and the U around it.
+"""What the networks are built of: the transformer block and the U around it.
 
 Submodules carry the names of the published checkpoints (``norm1.body``, ``down1_2.body.0``, ...).
 """
@@ -9,41 +9,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from restore_kernels.nn import ChannelNorm
 from restore_nets.models.options import UShapeOptions
-
-EPS = 1e-5
-
-
-class ChannelNorm(nn.Module):
-    """Layer normalisation of every pixel over its channels (biased variance, eps 1e-5).
-
-    ``WithBias`` subtracts the mean, scales and shifts. ``BiasFree`` neither subtracts the mean nor
-    shifts: it divides by the standard deviation and scales. Statistics of float16 and bfloat16
-    images are computed in float32.
-
-    Args:
-        dim: channels of the image.
-        norm: ``"WithBias"`` or ``"BiasFree"``.
-
-    Shape: (B, dim, H, W) -> (B, dim, H, W).
-    """
-
-    def __init__(self, dim: int, norm: str) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim)) if norm == "WithBias" else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.bias is not None:
-            # The library's fused kernel wants the channels last; so do the convolutions around it.
-            y = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, EPS)
-            return y.permute(0, 3, 1, 2)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        variance = (wide - wide.mean(dim=1, keepdim=True)).square().mean(dim=1, keepdim=True)
-        return (wide * torch.rsqrt(variance + EPS)).to(x.dtype) * self.weight[:, None, None]
 
 
 def body(module: nn.Module) -> nn.Sequential:
@@ -56,7 +25,7 @@ class TransformerBlock(nn.Module):
 
     Args:
         dim: channels of the image.
-        norm: ``"WithBias"`` or ``"BiasFree"``.
+        norm: ``"WithBias"`` or ``"BiasFree"``, see ``restore_kernels.nn.ChannelNorm``.
         attn, ffn: modules (B, dim, H, W) -> (B, dim, H, W).
 
     Shape: (B, dim, H, W) -> (B, dim, H, W).

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restore_kernels.nn import DynamicDualAttention
-from restore_nets.models.blocks import ChannelNorm, TransformerBlock, UShape
+from restore_kernels.nn import ChannelNorm, DynamicDualAttention
+from restore_nets.models.blocks import TransformerBlock, UShape
 from restore_nets.models.options import UShapeOptions, check_choice, check_integer, check_number
 
 

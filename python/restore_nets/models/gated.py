@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from restore_kernels.nn import MultiDconvAttention, MultiInputAttention
-from restore_nets.models.blocks import ChannelNorm, TransformerBlock, body
+from restore_kernels.nn import ChannelNorm, MultiDconvAttention, MultiInputAttention
+from restore_nets.models.blocks import TransformerBlock, body
 
 
 @dataclass(frozen=True)

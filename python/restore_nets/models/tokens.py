@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from restore_kernels import masked_attention
-from restore_nets.models.blocks import ChannelNorm
+from restore_kernels.nn import ChannelNorm
 from restore_nets.models.gated import GatedBlockOptions, ResidualBlocks
 
 EXPANSION = 2  # of the tokens' feed-forward networks
