@@ -44,6 +44,7 @@ struct Rows {
   __host__ __device__ T* group(int64_t batch, int64_t index) const { return x.at(batch, index); }
   __device__ int64_t offset(int row) const {
     const int c = static_cast<int>(channels);
+    if (row < c) return row * x.stride[2];  // always so in groups of one head, without a division
     return row / c * x.stride[1] + row % c * x.stride[2];
   }
 };
