@@ -8,7 +8,7 @@
 //            3 dv = g Mᵀ do, then dq = X k' - y_q q and dk = g (Xᵀ q - y_k k')        channel_apply.cuh
 //
 // Forward moves q, k, v in and out once, backward do twice, v, q, k in and dq, dk, dv out once.
-// Scratch: partial sums, at most about 3 processors' worth of blocks of them, and C x C matrices.
+// Scratch: partial sums, about as many as blocks run at once, and C x C matrices.
 #include <algorithm>
 #include <array>
 
