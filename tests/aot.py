@@ -148,6 +148,19 @@ def _channel_norm(dtype: torch.dtype, channels: int, biased: bool, pixel_major: 
     launchers.channel_norm_backward(out, x, weight, *saved, biased)
 
 
+def _depthwise(
+    dtype: torch.dtype, size: int, inputs: int = 1, dilation: int = 1, relu: bool = False, last: bool = False
+) -> None:
+    from restore_kernels.depthwise_conv import triton_launch as launchers
+
+    channels = 254
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = _empty((2, channels * inputs, 128, 128), dtype).to(memory_format=layout)
+    weight, bias = _empty((channels, inputs, size, size), dtype), _empty((channels,), dtype)
+    out = launchers.depthwise_conv(x, weight, bias, dilation, relu)
+    launchers.depthwise_conv_backward(out, x, weight, out if relu else None, dilation)
+
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "channel heads=1": lambda dtype: _topk_channel(dtype),
     "channel heads=1 out_proj": lambda dtype: _topk_channel(dtype, projected=True),
@@ -168,6 +181,11 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "channel norm C=48 channels_last": lambda dtype: _channel_norm(dtype, 48, True, pixel_major=True),
     "channel norm C=384 without bias": lambda dtype: _channel_norm(dtype, 384, False),
     "pyramid 1x1 Cq=5 Cv=3": lambda dtype: _pyramid(dtype, 1, 5, 3),
+    "depthwise 3x3": lambda dtype: _depthwise(dtype, 3),
+    "depthwise 3x3 channels_last": lambda dtype: _depthwise(dtype, 3, last=True),
+    "depthwise 5x5 paired relu": lambda dtype: _depthwise(dtype, 5, inputs=2, relu=True),
+    "depthwise 5x5 relu channels_last": lambda dtype: _depthwise(dtype, 5, relu=True, last=True),
+    "depthwise 7x7 dilated": lambda dtype: _depthwise(dtype, 7, dilation=2),
 }
 
 

@@ -186,6 +186,34 @@ struct TokenMasked : torch::autograd::Function<TokenMasked> {
   }
 };
 
+struct DepthwiseConv : torch::autograd::Function<DepthwiseConv> {
+  using Forward = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, bool);
+  using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                                      int64_t);
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                        int64_t dilation, bool relu) {
+    static const auto op = find<Forward>("restore_kernels::depthwise_conv");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor out = op.call(x, weight, bias, dilation, relu);
+    ctx->save_for_backward({x, weight, relu ? out : Tensor()});
+    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->saved_data["dilation"] = dilation;
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grad_out) {
+    static const auto op = find<Backward>("restore_kernels::depthwise_conv_backward");
+    const auto saved = ctx->get_saved_variables();
+    auto [x, weight, bias] = [&] {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return op.call(grad_out[0], saved[0], saved[1], optional(saved[2]), ctx->saved_data["dilation"].toInt());
+    }();
+    return once("depthwise_conv2d",
+                {x, weight, ctx->saved_data["has_bias"].toBool() ? bias : Tensor(), Tensor(), Tensor()});
+  }
+};
+
 }  // namespace
 
 Tensor channel_topk(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& temperature, const Tensor& weights,
@@ -203,6 +231,9 @@ Tensor channel_masked(const Tensor& q, const Tensor& k, const Tensor& v, const O
 Tensor token_masked(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
                     const Tensor& temperature, bool normalize) {
   return TokenMasked::apply(q, k, v, mask, temperature, normalize)[0];
+}
+Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation, bool relu) {
+  return DepthwiseConv::apply(x, weight, bias, dilation, relu);
 }
 
 }  // namespace restore_kernels
