@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restore_kernels.channel_norm import channel_norm
+from restore_kernels.depthwise_conv import depthwise_conv2d
+from restore_kernels.depthwise_conv.api import ACTIVATIONS, DILATIONS, INPUTS, SIZES
 from restore_kernels.masked_attention import masked_attention
 from restore_kernels.pyramid_attention import pyramid_attention
 from restore_kernels.pyramid_attention.api import PATCH_SIZES
@@ -14,6 +16,7 @@ from restore_kernels.topk_attention import topk_attention
 
 __all__ = [
     "ChannelNorm",
+    "DepthwiseConv2d",
     "DynamicDualAttention",
     "MultiDconvAttention",
     "MultiInputAttention",
@@ -76,6 +79,49 @@ class ChannelNorm(nn.Module):
         return channel_norm(x, self.weight, self.bias, eps=self.eps)
 
 
+class DepthwiseConv2d(nn.Conv2d):
+    """``nn.Conv2d`` with as many groups as output channels, stride 1 and the padding that keeps the size.
+
+    A drop-in: the same state-dict keys, shapes and initial values.
+
+    Args:
+        in_channels: of the image; out_channels, or twice as many.
+        out_channels: of the result.
+        kernel_size: 1, 3, 5 or 7.
+        dilation: 1 or 2, of the taps.
+        bias: whether there is one.
+        activation: None or ``"relu"``, applied to the result.
+
+    Shape: (B, in_channels, H, W) -> (B, out_channels, H, W).
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, dilation: int = 1, bias: bool = True,
+        activation: str | None = None,
+    ) -> None:  # fmt: skip
+        if out_channels < 1 or in_channels not in [inputs * out_channels for inputs in INPUTS]:
+            raise ValueError(
+                "in_channels must be out_channels or twice as many; "
+                f"got in_channels={in_channels}, out_channels={out_channels}"
+            )
+        if kernel_size not in SIZES:
+            raise ValueError(f"kernel_size must be 1, 3, 5 or 7; got {kernel_size!r}")
+        if dilation not in DILATIONS:
+            raise ValueError(f"dilation must be 1 or 2; got {dilation!r}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be None or 'relu'; got {activation!r}")
+        super().__init__(
+            in_channels, out_channels, kernel_size, padding=dilation * (kernel_size // 2),
+            dilation=dilation, groups=out_channels, bias=bias,
+        )  # fmt: skip
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        return depthwise_conv2d(
+            input, self.weight, self.bias, dilation=self.dilation[0], activation=self.activation
+        )
+
+
 class _ProjectedAttention(nn.Module):
     """q, k and v of an image by a 1x1 and a depthwise 3x3 convolution; a 1x1 output projection."""
 
@@ -85,7 +131,7 @@ class _ProjectedAttention(nn.Module):
         self.dim, self.heads = dim, heads
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
         self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=bias)
-        self.qkv_dwconv = nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, bias=bias)
+        self.qkv_dwconv = DepthwiseConv2d(3 * dim, 3 * dim, 3, bias=bias)
         self.project_out = nn.Conv2d(dim, dim, 1, bias=bias)
 
     def _project_in(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,9 +279,9 @@ class MultiInputAttention(nn.Module):
         _check_heads(dim, heads)
         self.dim, self.heads = dim, heads
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        self.q = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=bias)
-        self.k = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=bias)
-        self.v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=bias)
+        self.q = DepthwiseConv2d(dim, dim, 3, bias=bias)
+        self.k = DepthwiseConv2d(dim, dim, 3, bias=bias)
+        self.v = DepthwiseConv2d(dim, dim, 3, bias=bias)
         self.project_out = nn.Conv2d(dim, dim, 1, bias=bias)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -2,18 +2,18 @@
 
 x (B, M * C, H, W), weight (C, M, k, k) in float32, out (B, C, H, W); a pixel is numbered through its image.
 
-convolve_kernel          a program owns a tile [PIXELS, CHANNELS] of one image: it loads the tile once per tap,
-                         moved, zero outside of the image, and writes the weighted sum once. With GRADIENT it
-                         reads the output's gradient with the taps reversed and makes that of x, channel by
-                         channel; with RELU it drops what the output's zeros have rectified.
-tap_products_kernel      a program owns a share of the pixels of all images for CHANNELS channels, and adds up
-                         in registers, for every tap, the products of the output's gradient and the moved x.
-                         One share per program: they are added afterwards, in their order.
+convolve_kernel          a program owns a tile [PIXELS, CHANNELS] of one image: it loads the tile once per
+                         tap, moved, zero outside of the image, and writes the weighted sum once. With
+                         GRADIENT it reads the output's gradient with the taps reversed and makes that of
+                         x, channel by channel; with RELU it drops what the output's zeros rectified.
+tap_products_kernel      a program owns a share of the pixels of all images for CHANNELS channels, and adds
+                         up in registers, for every tap, the products of the output's gradient and the
+                         moved x. One share per program: they are added afterwards, in their order.
 
 PIXELS run along memory in contiguous images (CHANNELS 1), CHANNELS in channels_last ones, so that loads are
 whole lines. All taps of a tile but the first find it in the first-level cache: from memory every tensor comes
-once, which bounds the kernels: 2 passes over the image forward, 3 for each of the two sums backward; at 3 TB/s
-a pass over 254 x 128 x 128 numbers in bfloat16 takes 2.8 µs.
+once, which bounds the kernels: 2 passes over the image forward, 2 for each of the two sums backward. No
+GPU has been measured.
 """
 
 from __future__ import annotations

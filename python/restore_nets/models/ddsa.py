@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restore_kernels.nn import ChannelNorm, DynamicDualAttention
+from restore_kernels.nn import ChannelNorm, DepthwiseConv2d, DynamicDualAttention
 from restore_nets.models.blocks import TransformerBlock, UShape
 from restore_nets.models.options import UShapeOptions, check_choice, check_integer, check_number
 
@@ -78,8 +78,8 @@ class SpatialFeedForward(nn.Module):
         def convolve_normalise() -> tuple[nn.Module, ...]:
             return nn.Conv2d(dim, dim, 3, padding=1, bias=bias), ChannelNorm(dim, norm), nn.ReLU()
 
-        def depthwise(channels: int) -> nn.Conv2d:
-            return nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=bias)
+        def depthwise(channels: int) -> DepthwiseConv2d:
+            return DepthwiseConv2d(channels, channels, 3, bias=bias)
 
         self.project_in = nn.Conv2d(dim, 2 * hidden, 1, bias=bias)
         self.dwconv = depthwise(2 * hidden)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from restore_kernels.nn import TopKSparseAttention
+from restore_kernels.nn import DepthwiseConv2d, TopKSparseAttention
 from restore_nets.models.blocks import TransformerBlock, UShape
 from restore_nets.models.mefc import FeatureCompensator
 from restore_nets.models.options import UShapeOptions, check_flag
@@ -57,20 +57,20 @@ class MixedScaleFeedForward(nn.Module):
         super().__init__()
         hidden = int(dim * ffn_expansion)
 
-        def grouped(size: int, inputs: int, outputs: int, groups: int) -> nn.Conv2d:
-            return nn.Conv2d(inputs, outputs, size, padding=size // 2, groups=groups, bias=bias)
+        def rectified(inputs: int, outputs: int, size: int) -> DepthwiseConv2d:
+            return DepthwiseConv2d(inputs, outputs, size, bias=bias, activation="relu")
 
         self.project_in = nn.Conv2d(dim, 2 * hidden, 1, bias=bias)
-        self.dwconv3x3 = grouped(3, 2 * hidden, 2 * hidden, groups=2 * hidden)
-        self.dwconv5x5 = grouped(5, 2 * hidden, 2 * hidden, groups=2 * hidden)
-        self.dwconv3x3_1 = grouped(3, 2 * hidden, hidden, groups=hidden)
-        self.dwconv5x5_1 = grouped(5, 2 * hidden, hidden, groups=hidden)
+        self.dwconv3x3 = rectified(2 * hidden, 2 * hidden, 3)
+        self.dwconv5x5 = rectified(2 * hidden, 2 * hidden, 5)
+        self.dwconv3x3_1 = rectified(2 * hidden, hidden, 3)
+        self.dwconv5x5_1 = rectified(2 * hidden, hidden, 5)
         self.project_out = nn.Conv2d(2 * hidden, dim, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.project_in(x)
-        first3, second3 = torch.relu(self.dwconv3x3(x)).chunk(2, dim=1)
-        first5, second5 = torch.relu(self.dwconv5x5(x)).chunk(2, dim=1)
-        fine = torch.relu(self.dwconv3x3_1(torch.cat((first3, first5), dim=1)))
-        coarse = torch.relu(self.dwconv5x5_1(torch.cat((second3, second5), dim=1)))
+        first3, second3 = self.dwconv3x3(x).chunk(2, dim=1)
+        first5, second5 = self.dwconv5x5(x).chunk(2, dim=1)
+        fine = self.dwconv3x3_1(torch.cat((first3, first5), dim=1))
+        coarse = self.dwconv5x5_1(torch.cat((second3, second5), dim=1))
         return self.project_out(torch.cat((fine, coarse), dim=1))

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from restore_kernels.nn import DepthwiseConv2d
+
 
 @dataclass(frozen=True)
 class ConvOptions:
@@ -61,7 +63,7 @@ class SeparableConv(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.depth_conv = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs)
+        self.depth_conv = DepthwiseConv2d(inputs, inputs, 3)
         self.point_conv = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from restore_kernels.nn import ChannelNorm, MultiDconvAttention, MultiInputAttention
+from restore_kernels.nn import ChannelNorm, DepthwiseConv2d, MultiDconvAttention, MultiInputAttention
 from restore_nets.models.blocks import TransformerBlock, body
 
 
@@ -48,7 +48,7 @@ class GatedFeedForward(nn.Module):
         hidden = int(dim * options.ffn_expansion)
         self.act1 = nn.PReLU()
         self.project_in = nn.Conv2d(dim, 2 * hidden, 1, bias=bias)
-        self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=bias)
+        self.dwconv = DepthwiseConv2d(2 * hidden, 2 * hidden, 3, bias=bias)
         self.project_out = nn.Conv2d(hidden, dim, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:

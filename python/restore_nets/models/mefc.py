@@ -7,6 +7,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
+from restore_kernels.nn import DepthwiseConv2d
+
 STEPS = 4
 EXPERTS = 8
 GATE_HIDDEN = 2 * STEPS * EXPERTS
@@ -85,9 +87,8 @@ def _op(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(OrderedDict(op=nn.Sequential(*layers)))
 
 
-def _depthwise(dim: int, size: int, dilation: int = 1) -> nn.Conv2d:
-    padding = dilation * (size // 2)
-    return nn.Conv2d(dim, dim, size, padding=padding, dilation=dilation, groups=dim, bias=False)
+def _depthwise(dim: int, size: int, dilation: int = 1) -> DepthwiseConv2d:
+    return DepthwiseConv2d(dim, dim, size, dilation=dilation, bias=False)
 
 
 def _pointwise(dim: int) -> nn.Conv2d:
