@@ -36,8 +36,8 @@
 // Keys and values of all levels stay in the L2 cache, of which a pair reads 1.8 B: 8 rows of 18 pixels for
 // 8 chains of 4 rows of 30 x 16 pairs.
 //
-// Occupancy: one block of 8 warps a processor (4 in float32), by shared memory: at most 163 KiB a block for 32 and
-// 64 channels. New rows come while those that they replace are idle.
+// Occupancy: one block of 8 warps a processor (4 in float32), by shared memory (at most 163 KiB a block for 32 and
+// 64 channels) and by registers (up to 255 a thread in bfloat16: three filters hold two tiles each). New rows come while those that they replace are idle.
 #pragma once
 
 #include "pyramid_images.cuh"

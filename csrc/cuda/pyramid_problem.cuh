@@ -56,7 +56,8 @@ struct Shape {
   static constexpr int kStreamed = kSteps + W - 1;          // rows that W chains read
   static constexpr int kRing = kStreamed + (Does::mixes ? 0 : W);
   static constexpr int kParts = W / R;                      // warps that share the channels of a row of sums
-  static constexpr int kTiles = kMostMixed / 8 / kParts;    // of eight channels, sums of a warp
+  // Of eight channels, sums of a warp.
+  static constexpr int kTiles = (Does::mixes_first ? kMostMultiplied : kMostMixed) / 8 / kParts;
   static constexpr int kPitch = W * 8 * kChunks<T, B> + 4;  // of a pixel's weights
   using Owned = Strip<2 * A>;
   using Streamed = Strip<B>;
@@ -64,13 +65,19 @@ struct Shape {
   static constexpr __host__ __device__ bool owns(int i) { return i == 0 || Does::both; }
   static constexpr __host__ __device__ bool streams(int i) { return i == 0 || Does::both || (Does::mixes && Does::mixed == 1); }
 
-  static size_t shared_bytes(const Problem& p) {
+  static constexpr size_t shared_bytes(const Problem& p) {
     size_t words = Does::mixes ? R * Owned::kSlots * kPitch : 0;
     for (int i = 0; i < 2; ++i) {
       if (owns(i)) words += kSteps * Owned::kSlots * p.owned[i].pitch();
       if (streams(i)) words += kRing * Streamed::kSlots * p.streamed[i].pitch();
     }
     return std::max(words * sizeof(unsigned), W * R * 16 * A * sizeof(Statistics));
+  }
+  static constexpr bool fits(size_t bytes) {  // images of as many channels as there may be
+    Problem p{};
+    for (int i = 0; i < 2; ++i)
+      p.owned[i].words = p.streamed[i].words = (i == 0 ? kMostMultiplied : kMostMixed) / kElements<T>;
+    return shared_bytes(p) <= bytes;
   }
 };
 

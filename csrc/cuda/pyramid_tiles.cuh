@@ -39,7 +39,7 @@ struct Image {
   int height, width, words;
 
   __host__ __device__ int64_t pixels() const { return static_cast<int64_t>(height) * width; }
-  __host__ __device__ int pitch() const { return words + 4; }  // of a pixel in shared memory
+  constexpr __host__ __device__ int pitch() const { return words + 4; }  // of a pixel in shared memory
 };
 
 // Rows of 8 SPREAD + 2 pixels in shared memory, with one more pixel at either side than a tile has.
