@@ -34,7 +34,8 @@ GPU_ARCHITECTURE = $(shell $(GPU_PYTHON) -c "import torch; major, minor = torch.
 	print(f'{major}.{minor}' + 'a' * (major == 9))")
 GPU_TEST := $(GPU_PYTHON) -m pytest -p no:cacheprovider --device cuda
 GPU_SUITES := topk_attention topk_attention_ops masked_attention masked_attention_masks masked_attention_ops \
-	integration pyramid_attention pyramid_attention_hard pyramid_attention_ops pyramid_attention_integration
+	integration pyramid_attention pyramid_attention_hard pyramid_attention_ops pyramid_attention_integration \
+	channel_norm channel_norm_ops
 
 gpu:
 	mkdir -p $(OUT)

@@ -167,7 +167,7 @@ def test_second_derivative_says_so(backend):
 @pytest.mark.parametrize("backend", COMPILED)
 def test_compiles_once_for_all_sizes(backend, norm):
     torch.compiler.reset()
-    module, graphs = ChannelNorm(6, norm), []
+    module, graphs = ChannelNorm(6, norm).to(conformance.DEVICE), []
 
     def keep(graph, inputs):
         graphs.append(graph)
@@ -185,7 +185,7 @@ def test_compiles_once_for_all_sizes(backend, norm):
 @pytest.mark.parametrize("backend", COMPILED)
 def test_compiled_training_step(backend):
     torch.compiler.reset()
-    module = ChannelNorm(6, "WithBias")
+    module = ChannelNorm(6, "WithBias").to(conformance.DEVICE)
     step = torch.compile(lambda x: module(x).square().sum(), fullgraph=True, backend="aot_eager")
     x = randn(2, 6, 5, 7).requires_grad_()
     with use_backend(backend):
