@@ -35,7 +35,8 @@ GPU_ARCHITECTURE = $(shell $(GPU_PYTHON) -c "import torch; major, minor = torch.
 GPU_TEST := $(GPU_PYTHON) -m pytest -p no:cacheprovider --device cuda
 GPU_SUITES := topk_attention topk_attention_ops masked_attention masked_attention_masks masked_attention_ops \
 	integration pyramid_attention pyramid_attention_hard pyramid_attention_ops pyramid_attention_integration \
-	channel_norm channel_norm_ops
+	channel_norm channel_norm_ops depthwise_conv depthwise_conv_integration cuda_channel cuda_token cuda_pyramid
+SANITIZED := memory_layouts or keys_masked or equal_scores or out_proj49 or ways_through
 
 gpu:
 	mkdir -p $(OUT)
@@ -49,8 +50,8 @@ gpu-test:
 		$(GPU_SUITES:%=tests/test_%.py) > $(OUT)/gpu-test.txt 2>&1; status=$$?; tail -n 20 $(OUT)/gpu-test.txt; exit $$status
 
 gpu-sanitize:
-	timeout 60 compute-sanitizer --error-exitcode 1 $(GPU_TEST) -k "cuda and small" \
-		$(GPU_SUITES:%=tests/test_%.py) > $(OUT)/gpu-sanitize.txt 2>&1; status=$$?; tail -n 20 $(OUT)/gpu-sanitize.txt; exit $$status
+	timeout 60 compute-sanitizer --error-exitcode 1 $(GPU_TEST) -k "$(SANITIZED)" \
+		tests/test_cuda_channel.py tests/test_cuda_token.py tests/test_cuda_pyramid.py > $(OUT)/gpu-sanitize.txt 2>&1; status=$$?; tail -n 20 $(OUT)/gpu-sanitize.txt; exit $$status
 
 gpu-bench:
 	timeout 180 $(GPU_PYTHON) -m restore_kernels profile --all --device cuda --compile --seconds 1 --out $(OUT)

@@ -156,7 +156,9 @@ def test_pytest_benchmark_drives_the_cases(tmp_path):
     pytest.importorskip("pytest_benchmark")
     path = tmp_path / "out.json"
     options = ["-k", "8x48x256 and eager", f"--benchmark-json={path}", "--benchmark-max-time=0.01"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Not as a worker of pytest-xdist, where nothing is timed.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks", *options]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

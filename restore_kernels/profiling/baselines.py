@@ -89,3 +89,15 @@ def published_pyramid_attention(
 def _filters(x: Tensor, size: int) -> Tensor:
     """The zero-padded patches around all pixels of x (1, C, H, W): (H * W, C, size, size)."""
     return F.unfold(x, size, padding=size // 2)[0].T.unflatten(1, (x.shape[1], size, size))
+
+
+def published_depthwise_conv(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    """The library's grouped convolution: a group per output, the padding that keeps the size."""
+    padding = dilation * (weight.shape[-1] // 2)
+    return F.conv2d(x, weight, padding=padding, dilation=dilation, groups=weight.shape[0])
+
+
+def published_channel_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The library's layer normalisation, between two changes of the order of dimensions."""
+    normalised = F.layer_norm(x.flatten(2).transpose(1, 2), weight.shape, weight, bias)
+    return normalised.transpose(1, 2).reshape(x.shape)

@@ -1,0 +1,98 @@
+"""Cases of depthwise_conv2d."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from restore_kernels.depthwise_conv import depthwise_conv2d
+from restore_kernels.profiling.baselines import published_depthwise_conv
+from restore_kernels.profiling.cases.case import BenchmarkCase, Inputs, option, sizes, whole
+
+
+@dataclass(frozen=True)
+class DepthwiseCase(BenchmarkCase):
+    """depthwise_conv2d of an image (B, C, H, W) to C / inputs channels."""
+
+    shape: tuple[int, ...] = option("shape", sizes, "sizes: B,C,H,W")
+    kernel: int = option("kernel", whole, "side of the kernel: 1, 3, 5 or 7", default=3)
+    inputs_per_output: int = option("inputs", whole, "input channels of an output channel: 1 or 2", default=1)
+    dilation: int = option("dilation", whole, "of the taps: 1 or 2", default=1)
+    backward: bool = True
+
+    operator = staticmethod(depthwise_conv2d)
+    published_function = staticmethod(published_depthwise_conv)
+    dims = ("B", "C", "H", "W")
+    growing = 2
+    size_name = "rows"
+
+    @property
+    def name(self) -> str:
+        paired = " 2 to 1" if self.inputs_per_output == 2 else ""
+        dilated = " dilated" if self.dilation == 2 else ""
+        size = "x".join(map(str, self.shape))
+        return f"depthwise_conv2d {self.kernel}x{self.kernel}{dilated}{paired} {size}"
+
+    @property
+    def flops(self) -> int:
+        """A multiply-add per tap and input channel; in backward the same for x and for the weight."""
+        return (6 if self.backward else 2) * self.kernel**2 * torch.Size(self.shape).numel()
+
+    @property
+    def elements(self) -> int:
+        """x in, out out; then out's gradient and x in, x's gradient out."""
+        x = torch.Size(self.shape).numel()
+        out = x // self.inputs_per_output
+        return 3 * x + 2 * out if self.backward else x + out
+
+    @property
+    def small(self) -> DepthwiseCase:
+        return replace(self, shape=(1, 2 * self.inputs_per_output, 8, 8))
+
+    def inputs(self, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        batch, channels, height, width = self.shape
+        outputs = channels // self.inputs_per_output
+        shapes = {
+            "x": self.shape,
+            "weight": (outputs, self.inputs_per_output, self.kernel, self.kernel),
+        }
+        tensors = {
+            name: torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+            for name, shape in shapes.items()
+        }
+        grad_out = torch.randn((batch, outputs, height, width), generator=generator).to(device, dtype)
+        return Inputs(tensors, grad_out)
+
+    def arguments(self, x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), {**x.tensors, "dilation": self.dilation}
+
+    def published(self, x: Inputs, function: Callable[..., Tensor] | None = None) -> Tensor:
+        return (function or published_depthwise_conv)(**x.tensors, dilation=self.dilation)
+
+    def check(self) -> None:
+        super().check()
+        if self.shape[1] % self.inputs_per_output:
+            raise ValueError(
+                f"C of the shape must be a multiple of {self.inputs_per_output}, the inputs of an output; "
+                f"got {self.shape[1]}, nearest is {self.shape[1] + 1}"
+            )
+
+
+CPU = (
+    DepthwiseCase((1, 254, 128, 128), 3),
+    DepthwiseCase((1, 254, 128, 128), 5),
+    DepthwiseCase((1, 254, 128, 128), 5, inputs_per_output=2),
+    DepthwiseCase((1, 48, 128, 128), 7, dilation=2),
+)
+GPU = (
+    DepthwiseCase((8, 254, 128, 128), 3),
+    DepthwiseCase((8, 254, 128, 128), 5),
+    DepthwiseCase((8, 254, 128, 128), 5, inputs_per_output=2),
+    DepthwiseCase((8, 48, 128, 128), 7, dilation=2),
+)
+GROWTH = ()
