@@ -12,7 +12,7 @@ from torch import Tensor
 
 from restore_kernels.depthwise_conv.triton_kernels import convolve_kernel, tap_products_kernel
 from restore_kernels.tensors import empty_image, memory_format
-from restore_kernels.triton_common.launching import launch, on_device, split
+from restore_kernels.triton_common.launching import NO_SPILLS, launch, on_device, split
 
 TILE = 256  # elements
 CHANNELS = 32  # side by side in a tile of a channels_last image
@@ -39,7 +39,7 @@ def _convolve(
             weight if bias is None else bias, out, x.stride(), kept.stride(), out.stride(),
             channels, height, width, pixel_tiles, channel_tiles,
             SIZE=weight.shape[2], DILATION=dilation, INPUTS=weight.shape[1], BIAS=bias is not None,
-            GRADIENT=gradient, RELU=relu, PIXELS=pixels, CHANNELS=across,
+            GRADIENT=gradient, RELU=relu, PIXELS=pixels, CHANNELS=across, **NO_SPILLS,
         )  # fmt: skip
 
 
