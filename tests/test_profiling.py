@@ -13,9 +13,10 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from restore_kernels.profiling import machine, run
-from restore_kernels.profiling.cases import CPU_CASES, GPU_CASES, GROWTH_CASES, PyramidCase
+from restore_kernels.profiling.cases import CPU_CASES, GPU_CASES, GROWTH_CASES, PyramidCase, TopKCase
 
 ROOT = Path(__file__).parents[1]
 CASE = PyramidCase((2, 4, 5, 20, 22))
@@ -165,3 +166,22 @@ def test_pytest_benchmark_drives_the_cases(tmp_path):
     (found,) = json.loads(path.read_text())["benchmarks"]
     assert found["extra_info"]["flops"] > 0 and found["stats"]["median"] > 0
     assert found["extra_info"]["backend"] == "eager" and "topk_attention channel" in found["group"]
+
+
+def test_a_row_that_rounding_decides_is_not_judged():
+    """One near tie at the end of a branch: its row counts neither in the output nor in the gradients."""
+    case = TopKCase("token", (1, 1, 8, 4), (3, None))
+    x = case.inputs(torch.float32, "cpu")
+    assert case._decided(x).all()
+    with torch.no_grad():
+        order = (F.normalize(x.tensors["q"], dim=-1) @ F.normalize(x.tensors["k"], dim=-1).mT)[
+            0, 0, 5
+        ].argsort()
+        kept, dropped = order[-3], order[-4]
+        x.tensors["k"][0, 0, dropped] = x.tensors["k"][0, 0, kept] * (1 + 1e-6)
+        x.tensors["k"][0, 0, dropped, 0] += 1e-6
+    excerpt = case.excerpt(x)
+    judged = excerpt.whole.grad_out.abs().sum(-1)[0, 0] > 0
+    assert not judged[5] and judged.sum() >= 4
+    results = excerpt.cut(x.results(lambda x: case.ours(x, "eager")))
+    assert (results["out"][0, 0, 5] == 0).all() and (results["out"][0, 0, judged] != 0).any()

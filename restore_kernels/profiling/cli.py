@@ -27,7 +27,7 @@ DTYPES = {
 
 # --quick leaves out what takes the published computation more operations than this, a few seconds on a CPU;
 # of growing sizes, which tell more the more they are, only what takes parts of one.
-QUICK, QUICK_GROWTH = 2e11, 6e9
+QUICK, QUICK_GROWTH = 2e11, 3e9
 
 # Which libraries show the results in which way; all come with the extra `profile`.
 LIBRARIES = {"table": ("rich",), "html": ("jinja2", "matplotlib")}

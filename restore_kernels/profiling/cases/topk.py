@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from restore_kernels.profiling.baselines import published_topk_attention
-from restore_kernels.profiling.cases.case import BenchmarkCase, Inputs, one_of, option, sizes, whole
+from restore_kernels.profiling.cases.case import BenchmarkCase, Excerpt, Inputs, one_of, option, sizes, whole
 from restore_kernels.topk_attention import topk_attention
 
 DRSFORMER_BRANCHES = (24, 32, 36, 38)  # of 48 channels per head
@@ -19,6 +20,10 @@ DRSFORMER_BRANCHES = (24, 32, 36, 38)  # of 48 channels per head
 def branches(text: str) -> tuple[int | None, ...]:
     """``24,32,36,38``; ``none`` keeps all."""
     return tuple(None if entry.lower() == "none" else whole(entry) for entry in text.split(","))
+
+
+# Normalised scores that are nearer to one another than this may come out in the other order in float32.
+UNDECIDED = 64 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,25 @@ class TopKCase(BenchmarkCase):
         tensors["temperature"] = torch.ones(self.shape[1], 1, 1, device=device)
         grad_out = torch.randn(self.shape, generator=generator).to(device, dtype)
         return Inputs({name: x.requires_grad_() for name, x in tensors.items()}, grad_out)
+
+    def excerpt(self, x: Inputs) -> Excerpt:
+        """Without the rows in which rounding decides what is kept: each choice is as right as the other."""
+        decided = self._decided(x)
+        judged = Inputs(x.tensors, x.grad_out * decided)
+        return Excerpt(judged, judged, lambda results: {**results, "out": results["out"] * decided})
+
+    def _decided(self, x: Inputs) -> Tensor:
+        """(B, H, rows, 1): whether no branch ends between two scores that differ by rounding alone."""
+        q, k = (F.normalize(x.tensors[name].detach().double(), dim=-1) for name in "qk")
+        rows = self.shape[2]
+        ends = [count for count in self.topk if count is not None and count < rows]
+        decided = torch.ones((*self.shape[:3], 1), dtype=torch.bool, device=q.device)
+        if ends:
+            largest = (q @ k.mT).topk(max(ends) + 1, dim=-1).values
+            for count in ends:
+                gap = largest[..., count - 1 : count] - largest[..., count : count + 1]
+                decided &= (gap == 0) | (gap > UNDECIDED)
+        return decided
 
     def arguments(self, x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), {**x.tensors, "topk": self.topk, "layout": self.layout}
