@@ -26,6 +26,18 @@ class Inputs:
         tensors = {name: x.detach().double().requires_grad_() for name, x in self.tensors.items()}
         return Inputs(tensors, self.grad_out.double())
 
+    def perturbed(self, seed: int) -> Inputs:
+        """Every value moved by about one rounding of float32."""
+        generator = torch.Generator().manual_seed(seed)
+        eps = torch.finfo(torch.float32).eps
+
+        def moved(x: Tensor) -> Tensor:
+            noise = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+            return x.detach() * (1 + eps * noise)
+
+        tensors = {name: moved(x).requires_grad_() for name, x in self.tensors.items()}
+        return Inputs(tensors, moved(self.grad_out))
+
     def training_step(self, forward: Callable[[Inputs], Tensor]) -> None:
         """Forward and backward into fresh gradients."""
         for x in self.tensors.values():
