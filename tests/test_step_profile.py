@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from restore_kernels.nn import DepthwiseConv2d
 from restore_nets import cli, list_models, profiling
 from restore_nets.attribution import KINDS, OUTSIDE, break_down, convolution_kind
 from restore_nets.profile_report import kind_seconds, page, tables, title
@@ -111,6 +112,19 @@ def test_work_is_that_of_its_module_and_kind():
     assert convolutions <= found.modules["Conv2d"].exclusive <= 1.0001 * found.modules["Mixed"].inclusive
     assert found.modules["(loss)"].backward > 0
     assert not model._forward_hooks and not model.first._forward_pre_hooks
+
+
+def test_own_convolutions_are_of_their_kind():
+    model, image = DepthwiseConv2d(8, 8, 3), torch.rand(1, 8, 16, 16, requires_grad=True)
+
+    def step(ranges):
+        with ranges.of("forward"):
+            y = model(image)
+        with ranges.of("backward"):
+            y.sum().backward()
+
+    found = break_down(step, model, steps=2)
+    assert found.kinds["depthwise convolution"].keys() == {"forward", "backward"}
 
 
 @pytest.mark.parametrize(

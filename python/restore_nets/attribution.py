@@ -34,7 +34,10 @@ OUTSIDE = "outside of operators"  # Python and autograd's engine
 
 _RANGE = "restore_nets::range "
 _ENGINE = "autograd::engine::evaluate_function: "
-_CONVOLUTIONS = {"aten::conv2d": (0, 1), "aten::convolution_backward": (1, 2)}  # where input and weight are
+_CONVOLUTIONS = {  # where input and weight are among the arguments
+    "aten::conv2d": (0, 1), "aten::convolution_backward": (1, 2),
+    "restore_kernels::depthwise_conv": (0, 1), "restore_kernels::depthwise_conv_backward": (1, 2),
+}  # fmt: skip
 _NORMS = ("ChannelNorm", "LayerNorm")  # modules of which everything is normalisation
 _ACTIVATIONS = {
     f"aten::{name}" for name in (
