@@ -59,15 +59,15 @@ def compiled_extensions():
     for name, flags in INSTRUCTION_SETS.items():
         capability = name.upper()
         flags = [
-            "-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
-            "-fvisibility=hidden",
+            "-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
+            "-ffp-contract=off", "-fvisibility=hidden",
             "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-ignored-qualifiers",
             f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}",
             f"-DRESTORE_KERNELS_FLAGS=\"{' '.join(flags)}\"", *flags,
         ]  # fmt: skip
         extensions.append(CppExtension(
             f"restore_kernels._cpu_{name}", sources, depends=headers, include_dirs=[str(ROOT / "csrc/cpu")],
-            extra_compile_args=flags, extra_link_args=["-fopenmp", "-Wl,--strip-debug"],
+            extra_compile_args=flags, extra_link_args=["-fopenmp"],
         ))  # fmt: skip
     if has_nvcc():
         extensions.append(Extension(CUDA_LIBRARY, []))

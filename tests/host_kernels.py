@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -51,7 +52,8 @@ def build(name: str) -> Path:
     folder = BUILDS / name
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
-        objects = [_object(source, folder, FLAGS[name]) for source in sources()]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda source: _object(source, folder, FLAGS[name]), sources()))
         library = folder / f"{NAME}.so"
         if not library.exists() or any(x.stat().st_mtime_ns > library.stat().st_mtime_ns for x in objects):
             _run([*COMPILE, *FLAGS[name], "-shared", *objects, *_torch_libraries(), "-o", library])
