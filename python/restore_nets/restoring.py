@@ -53,7 +53,7 @@ def restore(model: nn.Module, image: Tensor, tile: int = DEFAULT_TILE) -> Tensor
         for rows in spans(height, tile or height, scale):
             for columns in spans(width, tile or width, scale):
                 piece = image[None, :, rows.inside, columns.inside]
-                result, _ = outputs_of(model(piece.to(device, memory_format=torch.channels_last)))
+                result, _ = outputs_of(model(piece.to(device)))
                 weights = rows.weights[:, None] * columns.weights
                 restored[:, rows.outside, columns.outside] += result[0].float().to(image.device) * weights
     return restored.clamp_(0, 1)

@@ -107,10 +107,13 @@ class Trainer:
                 f"{type(model).__name__} enlarges {scale_of(model)} times"
             )
         self.device = available_device(config.device)
-        self.model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model.to(self.device)
         self.crops, self.config = crops, config
         self.optimizer = torch.optim.AdamW(
-            _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=ADAM_BETAS
+            _parameter_groups(model, config.weight_decay),
+            lr=config.learning_rate,
+            betas=ADAM_BETAS,
+            fused=True,
         )
         self.losses: list[float] = []
         self.phase: Callable[[str], AbstractContextManager[Any]] = record_function
@@ -144,7 +147,7 @@ class Trainer:
             group["lr"] = self.config.learning_rate * schedule(step, self.config.steps)
         narrow = self.config.precision == "bfloat16"
         with self.phase("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=narrow):
-            output = self.model(degraded.contiguous(memory_format=torch.channels_last))
+            output = self.model(degraded)
         with self.phase("loss"):
             weights = (self.config.half_weight, self.config.edge_weight, self.config.ssim_weight)
             loss = training_loss(output, clean, *weights)
