@@ -71,9 +71,20 @@ def masked_token(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
     ), [*tensors, normal(2, 1, 12), normal(2, 1, 1, 1)]  # fmt: skip
 
 
+def norm_with_bias(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
+    tensors = [normal(2, 6, 5, 7, dtype=dtype), normal(6), normal(6, dtype=dtype)]
+    return lambda x, weight, bias: restore_kernels.channel_norm(x, weight, bias, backend="cpu"), tensors
+
+
+def norm_without_bias(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
+    tensors = [normal(2, 6, 5, 7, dtype=dtype), normal(6)]
+    return lambda x, weight: restore_kernels.channel_norm(x, weight, backend="cpu"), tensors
+
+
 CASES = [
     topk_channel, topk_channel_projected, topk_token,
     masked_channel, masked_channel_projected, masked_token,
+    norm_with_bias, norm_without_bias,
 ]  # fmt: skip
 
 
@@ -88,7 +99,7 @@ def test_equal_the_functions(case, dtype, monkeypatch):
     call, tensors = case(dtype)
     compiled = results(call, tensors)
     assert "CppNode" in type(call(*tensors).grad_fn).__name__ or "CppNode" in call(*tensors).grad_fn.name()
-    for operator in ("topk_attention", "masked_attention"):
+    for operator in ("topk_attention", "masked_attention", "channel_norm"):
         autograd = importlib.import_module(f"restore_kernels.{operator}.autograd")
         monkeypatch.setattr(autograd, "compiled_functions", lambda backend: None)
     in_python = results(call, tensors)
@@ -102,9 +113,9 @@ def test_gradients_not_needed_are_not_asked_for(case):
     call, tensors = case(torch.float32)
     tensors = [x.detach() for x in tensors]
     assert not call(*tensors).requires_grad
-    tensors[2].requires_grad_()
+    tensors[1].requires_grad_()
     call(*tensors).sum().backward()
-    assert [x.grad is not None for x in tensors] == [i == 2 for i in range(len(tensors))]
+    assert [x.grad is not None for x in tensors] == [i == 1 for i in range(len(tensors))]
 
 
 @pytest.mark.parametrize("case", CASES)

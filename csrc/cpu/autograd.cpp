@@ -186,6 +186,34 @@ struct TokenMasked : torch::autograd::Function<TokenMasked> {
   }
 };
 
+struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
+  using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, double);
+  using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                      const Tensor&, bool);
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                        double eps) {
+    static const auto op = find<Forward>("restore_kernels::channel_norm");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto type = accumulate_type(x);
+    auto [out, mean, rstd] = op.call(x, weight.to(type), bias ? OptionalTensor(bias->to(type)) : std::nullopt, eps);
+    ctx->save_for_backward({x, weight, defined_if(bias), mean, rstd});
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grad_out) {
+    static const auto op = find<Backward>("restore_kernels::channel_norm_backward");
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &weight = saved[1], &bias = saved[2], &mean = saved[3];
+    auto [of_x, of_weight, of_bias] = [&] {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return op.call(grad_out[0], saved[0], weight.to(mean.scalar_type()), mean, saved[4], bias.defined());
+    }();
+    return once("channel_norm", {of_x, of_weight.to(weight.scalar_type()),
+                                 bias.defined() ? of_bias.to(bias.scalar_type()) : Tensor(), Tensor()});
+  }
+};
+
 struct DepthwiseConv : torch::autograd::Function<DepthwiseConv> {
   using Forward = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, bool);
   using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
@@ -231,6 +259,9 @@ Tensor channel_masked(const Tensor& q, const Tensor& k, const Tensor& v, const O
 Tensor token_masked(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
                     const Tensor& temperature, bool normalize) {
   return TokenMasked::apply(q, k, v, mask, temperature, normalize)[0];
+}
+Tensor channel_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps) {
+  return ChannelNorm::apply(x, weight, bias, eps);
 }
 Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation, bool relu) {
   return DepthwiseConv::apply(x, weight, bias, dilation, relu);

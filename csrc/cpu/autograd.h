@@ -19,6 +19,7 @@ Tensor channel_masked(const Tensor& q, const Tensor& k, const Tensor& v, const O
                       const Tensor& temperature, const OptionalTensor& out_proj, bool normalize);
 Tensor token_masked(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
                     const Tensor& temperature, bool normalize);
+Tensor channel_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps);
 Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation, bool relu);
 
 }  // namespace restore_kernels

@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from restore_kernels.channel_norm.ops import overload
-from restore_kernels.functions import BackwardFunction, OperatorFunction, map_over_batch
+from restore_kernels.functions import BackwardFunction, OperatorFunction, compiled_functions, map_over_batch
 from restore_kernels.tensors import accumulate_dtype
 
 
 def channel_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, backend: str) -> Tensor:
     """The differentiable operator."""
+    if compiled := compiled_functions(backend):
+        return compiled.channel_norm(x, weight, bias, eps)
     return ChannelNorm.apply(x, weight, bias, eps, backend)[0]
 
 
