@@ -50,7 +50,7 @@ def _as_image(out: Tensor, like: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class ChannelNorm(nn.Module):
-    """Layer normalisation of every pixel over its channels (biased variance, eps 1e-5).
+    """Layer normalisation of every pixel over its channels (biased variance).
 
     ``WithBias`` subtracts the mean, scales and shifts. ``BiasFree`` neither subtracts the mean nor
     shifts: it divides by the standard deviation and scales. Source: Restormer (arXiv 2111.09881).
@@ -58,19 +58,18 @@ class ChannelNorm(nn.Module):
     Args:
         dim: channels of the image.
         norm: ``"WithBias"`` or ``"BiasFree"``.
+        eps: added to the variance.
 
     Shape: (B, dim, H, W) -> (B, dim, H, W), in the dtype and memory format of the input.
     """
 
-    eps = 1e-5
-
-    def __init__(self, dim: int, norm: str = "WithBias") -> None:
+    def __init__(self, dim: int, norm: str = "WithBias", eps: float = 1e-5) -> None:
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim must be at least 1; got {dim}")
         if norm not in NORMS:
             raise ValueError(f"norm must be {' or '.join(map(repr, NORMS))}; got {norm!r}")
-        self.dim = dim
+        self.dim, self.eps = dim, eps
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim)) if norm == "WithBias" else None
 
@@ -92,7 +91,7 @@ class DepthwiseConv2d(nn.Conv2d):
         bias: whether there is one.
         activation: None or ``"relu"``, applied to the result.
 
-    Shape: (B, in_channels, H, W) -> (B, out_channels, H, W).
+    Shape: (B, in_channels, H, W) -> (B, out_channels, H, W), or both without B.
     """
 
     def __init__(
@@ -117,6 +116,8 @@ class DepthwiseConv2d(nn.Conv2d):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 3:  # unbatched, which nn.Conv2d takes too
+            return self.forward(input[None])[0]
         return depthwise_conv2d(
             input, self.weight, self.bias, dilation=self.dilation[0], activation=self.activation
         )
