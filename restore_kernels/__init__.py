@@ -9,6 +9,7 @@ from restore_kernels.channel_norm import channel_norm
 from restore_kernels.depthwise_conv import depthwise_conv2d
 from restore_kernels.info import info
 from restore_kernels.masked_attention import masked_attention
+from restore_kernels.patching import patch
 from restore_kernels.pyramid_attention import pyramid_attention
 from restore_kernels.recording import record
 from restore_kernels.topk_attention import topk_attention
@@ -21,6 +22,7 @@ __all__ = [
     "explain",
     "info",
     "masked_attention",
+    "patch",
     "pyramid_attention",
     "record",
     "topk_attention",

@@ -1,0 +1,116 @@
+"""Which replacements of a module are worth a comparison; guesses are allowed, for they are checked."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+
+import restore_kernels.nn as ours
+from restore_kernels.patching.swapping import Refused, parameter_shapes
+
+Rule = Callable[[nn.Module], "nn.Module | None"]
+
+OURS = tuple(getattr(ours, name) for name in ours.__all__)
+DECLARED = "restore_kernels_swap"  # a method by which a class brings its own rule
+ATTENTIONS = (ours.TopKSparseAttention, ours.MultiDconvAttention, ours.MultiInputAttention)
+EPSILONS = (1e-5, 1e-6)  # of a normalisation that does not say its own
+PYRAMID_OPTIONS = ("levels", "patch_size", "softmax_scale", "res_scale", "hard")
+
+
+def propose(module: nn.Module, rules: Mapping[type[nn.Module], Rule | None]) -> Sequence[nn.Module]:
+    """Replacements, newly made, in order of preference; none for a module that is none of our business.
+
+    Raises:
+        Refused: a module that comes near; the message says what is in the way.
+    """
+    known = type(module) in rules
+    if isinstance(module, OURS) and not known:
+        return ()
+    rule = rules[type(module)] if known else getattr(type(module), DECLARED, None)
+    try:
+        if rule is None:
+            return () if known else _built_in(module)
+        proposal = rule(module)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    if proposal is None:
+        return ()
+    if not isinstance(proposal, nn.Module):
+        raise TypeError(f"the rule of {type(module).__name__} must return a module or None; got {proposal!r}")
+    return (proposal,)
+
+
+def _built_in(module: nn.Module) -> Sequence[nn.Module]:
+    if isinstance(module, nn.Conv2d):
+        return _convolution(module)
+    if type(module).__module__.startswith("torch."):
+        return ()  # none of torch's own classes is one of the others
+    shapes = parameter_shapes(module)
+    if "temperature" in shapes and any(name.startswith("project_out.") for name in shapes):
+        return _attention(shapes)
+    if {"conv_match.0.weight", "conv_match_L_base.0.weight", "conv_assembly.0.weight"} <= shapes.keys():
+        return _pyramid_attention(module, shapes)
+    return _channel_norm(module, shapes)
+
+
+def _convolution(conv: nn.Conv2d) -> Sequence[nn.Module]:
+    if conv.groups == 1 or conv.groups not in (conv.in_channels, conv.out_channels):
+        return ()
+    if type(conv) is not nn.Conv2d:
+        raise ValueError("it may compute something else than nn.Conv2d; a rule can say that it does not")
+    for name, value, expected in (
+        ("groups", conv.groups, conv.out_channels),
+        ("stride", conv.stride, (1, 1)),
+        ("kernel_size", conv.kernel_size, conv.kernel_size[:1] * 2),
+        ("dilation", conv.dilation, conv.dilation[:1] * 2),
+        ("padding_mode", conv.padding_mode, "zeros"),
+    ):
+        if value != expected:
+            raise ValueError(f"{name} must be {expected!r}; got {value!r}")
+    (size, _), (dilation, _) = conv.kernel_size, conv.dilation
+    replacement = ours.DepthwiseConv2d(
+        conv.in_channels, conv.out_channels, size, dilation=dilation, bias=conv.bias is not None
+    )
+    if conv.padding not in (replacement.padding, "same"):
+        raise ValueError(f"padding must be {replacement.padding}, which keeps the size; got {conv.padding}")
+    return (replacement,)
+
+
+def _channel_norm(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Sequence[nn.Module]:
+    """Of a module with a weight and at most a bias, each (C,): its own, or those of a module within."""
+    path = next(iter(shapes), "").rpartition(".")[0]
+    prefix = f"{path}." if path else ""
+    weight = shapes.get(f"{prefix}weight", ())
+    names = {f"{prefix}weight": weight, f"{prefix}bias": weight}
+    if len(weight) != 1 or not shapes.items() <= names.items() or any(True for _ in module.buffers()):
+        return ()
+    norm = "WithBias" if len(shapes) == 2 else "BiasFree"
+    own = [eps for part in module.modules() if isinstance(eps := getattr(part, "eps", None), float)]
+    proposals = [ours.ChannelNorm(*weight, norm, eps=eps) for eps in own or EPSILONS]
+    return [_within(path, proposal) for proposal in proposals]
+
+
+def _within(path: str, module: nn.Module) -> nn.Module:
+    """A module that calls this one, which has this name in it."""
+    for name in reversed(path.split(".") if path else ()):
+        module = nn.Sequential(OrderedDict({name: module}))
+    return module
+
+
+def _attention(shapes: Mapping[str, tuple[int, ...]]) -> Sequence[nn.Module]:
+    if "project_out.weight" in shapes and shapes["temperature"]:
+        dim, heads = shapes["project_out.weight"][0], shapes["temperature"][0]
+        for attention in ATTENTIONS:
+            replacement = attention(dim, heads, "project_out.bias" in shapes)
+            if parameter_shapes(replacement) == shapes:
+                return (replacement,)
+    names = ", ".join(x.__name__ for x in ATTENTIONS)
+    raise ValueError(f"its parameters are those of none of {names}: {', '.join(shapes)}")
+
+
+def _pyramid_attention(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Sequence[nn.Module]:
+    channels, reduced = shapes["conv_assembly.0.weight"][0], shapes["conv_match.0.weight"][0]
+    options = {name: getattr(module, name) for name in PYRAMID_OPTIONS if hasattr(module, name)}
+    return (ours.PyramidAttention(channels, channels // reduced, **options),)

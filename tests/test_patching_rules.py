@@ -1,0 +1,389 @@
+"""What is swapped and what is refused, and that the reason is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from patching_models import (
+    Attention,
+    BiasFreeLayerNorm,
+    CrossAttention,
+    FeedForward,
+    ImageLayerNorm,
+    LayerNorm2d,
+    ScaleAgnosticAttention,
+    WithBiasLayerNorm,
+)
+from torch import Tensor, nn
+
+from restore_kernels import channel_norm, patch
+from restore_kernels.nn import ChannelNorm, DepthwiseConv2d, MultiInputAttention, PyramidAttention
+
+
+def depthwise(*sizes: int, **options: Any) -> nn.Conv2d:
+    channels, size = sizes or (8, 3)
+    return nn.Conv2d(channels, channels, size, **{"groups": channels, "padding": size // 2, **options})
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for x in module.parameters():
+        nn.init.normal_(x)
+    return module
+
+
+CONVOLUTIONS = [
+    depthwise(), depthwise(8, 1, bias=False), depthwise(8, 5), depthwise(8, 7, padding="same"),
+    depthwise(8, 3, dilation=2, padding=2), nn.Conv2d(8, 4, 3, padding=1, groups=4),
+    depthwise(8, 3, dtype=torch.bfloat16), depthwise(8, 3, device="meta"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("conv", CONVOLUTIONS, ids=str)
+def test_depthwise_convolutions_are_swapped(conv):
+    before = repr(conv)
+    with patch(conv) as patched:
+        assert [x.new for x in patched.replaced] == [DepthwiseConv2d] and not patched.skipped
+    assert repr(conv) == before
+
+
+def parametrized() -> nn.Conv2d:
+    return nn.utils.parametrizations.spectral_norm(depthwise())
+
+
+def with_weights_by_a_hook() -> nn.Conv2d:
+    return torch.nn.utils.spectral_norm(depthwise())
+
+
+class OtherConv2d(nn.Conv2d):
+    pass
+
+
+def with_another_forward() -> nn.Conv2d:
+    conv = depthwise()
+    conv.forward = lambda x: x  # type: ignore[method-assign]
+    return conv
+
+
+NEAR_MISSES = [
+    (depthwise(8, 3, stride=2), r"stride must be \(1, 1\); got \(2, 2\)"),
+    (depthwise(8, 3, padding_mode="reflect"), "padding_mode must be 'zeros'; got 'reflect'"),
+    (depthwise(8, 9), "kernel_size must be 1, 3, 5 or 7; got 9"),
+    (depthwise(8, 3, dilation=3), "dilation must be 1 or 2; got 3"),
+    (depthwise(8, 3, padding=0), r"padding must be \(1, 1\), which keeps the size; got \(0, 0\)"),
+    (depthwise(8, 3, padding="valid"), r"padding must be \(1, 1\), which keeps the size; got valid"),
+    (nn.Conv2d(8, 8, (3, 5), padding=(1, 2), groups=8), r"kernel_size must be \(3, 3\); got \(3, 5\)"),
+    (nn.Conv2d(8, 16, 3, padding=1, groups=8), "groups must be 16; got 8"),
+    (nn.Conv2d(12, 4, 3, padding=1, groups=4), "in_channels must be out_channels or twice as many"),
+    (OtherConv2d(8, 8, 3, padding=1, groups=8), "something else than nn.Conv2d"),
+    (nn.LazyConv2d(8, 3, padding=1, groups=8), "something else than nn.Conv2d"),
+    (parametrized(), "something else than nn.Conv2d"),
+    (with_weights_by_a_hook(), "its parameters are .*weight_orig"),
+    (with_another_forward(), "its forward pass has been replaced already"),
+]
+
+
+@pytest.mark.parametrize(("conv", "reason"), NEAR_MISSES)
+def test_near_misses_are_named(conv, reason):
+    patched = patch(nn.Sequential(conv))
+    assert not patched.replaced
+    (skipped,) = patched.skipped
+    assert skipped.name == "0"
+    with pytest.raises(ValueError, match=reason):
+        raise ValueError(skipped.reason)
+
+
+class Unmade(nn.Module):
+    """Whose weights have no shape yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.LazyLinear(8)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=2), nn.Conv1d(8, 8, 3, groups=8),
+        nn.LayerNorm(8), Unmade(),
+        nn.GroupNorm(1, 8), nn.BatchNorm2d(8), nn.PReLU(8), nn.Linear(8, 8), ChannelNorm(8),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_does_not_come_near_is_not_mentioned(module):
+    patched = patch(module)
+    assert not patched.replaced and not patched.skipped
+
+
+class WrappedLayerNorm(nn.Module):
+    """Whose normalisation is the library's, two names down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"norm": nn.LayerNorm(8, eps=1e-3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner["norm"](x.movedim(1, -1)).movedim(-1, 1)
+
+
+class UnnamedEpsilon(nn.Module):
+    """A layer norm over the channels of an image that has its epsilon in the code."""
+
+    epsilon = 1e-6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x, 1, keepdim=True, correction=0)
+        x = (x - mean) / (variance + self.epsilon).sqrt()
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class OtherEpsilon(UnnamedEpsilon):
+    epsilon = 3e-6
+
+
+class InFloat32(UnnamedEpsilon):
+    """Rounds to float32 on the way, whatever it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalised = F.layer_norm(
+            x.float().movedim(1, -1), (8,), self.weight.float(), self.bias.float(), eps=1e-5
+        )
+        return normalised.movedim(-1, 1).to(x.dtype)
+
+
+class ScaledGradient(UnnamedEpsilon):
+    """The right result, a gradient of its own."""
+
+    eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return 2 * out - out.detach()
+
+
+class NoShift(UnnamedEpsilon):
+    """Weight alone, but the mean is subtracted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.movedim(1, -1), (8,), self.weight).movedim(-1, 1)
+
+
+class OfTwoArguments(UnnamedEpsilon):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * super().forward(x)
+
+
+class OwnStateDict(UnnamedEpsilon):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[f"{prefix}gamma"] = self.weight
+
+
+class WithNoise(UnnamedEpsilon):
+    """In training only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, 0.1, self.training))
+
+
+class Uncopyable(UnnamedEpsilon):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = (x for x in ())
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        ImageLayerNorm(8, True), ImageLayerNorm(8, False), LayerNorm2d(8), LayerNorm2d(8, eps=1e-3),
+        WrappedLayerNorm(), UnnamedEpsilon(), InFloat32(), LayerNorm2d(8).bfloat16(), LayerNorm2d(8).half(),
+    ],
+    ids=lambda x: type(x).__name__,
+)  # fmt: skip
+def test_norms_are_swapped(module):
+    dtype = next(module.parameters()).dtype
+    x, model = torch.randn(2, 8, 5, 6).to(dtype) * 1e-2, randomised(nn.Sequential(module))
+    expected = model(x)
+    assert any(swap.new is ChannelNorm for swap in patch(model).replaced)
+    rounding = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(model(x), expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (WithBiasLayerNorm(8), "RuntimeError: The size of tensor"),
+        (WithBiasLayerNorm(10), "its output differs by"),
+        (BiasFreeLayerNorm(8), "RuntimeError: The size of tensor"),
+        (OtherEpsilon(), "its .* differs by"),
+        (ScaledGradient(), "its gradient of input 0 differs by .* in training mode"),
+        (NoShift(), "its output differs by"),
+        (OfTwoArguments(), "its forward pass takes x, scale"),
+        (OwnStateDict(), "its class has its own _save_to_state_dict"),
+        (WithNoise(), "its output differs by .* in training mode"),
+        (Uncopyable(), "could not be tried, TypeError: cannot pickle 'generator'"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else "",
+)
+def test_norms_that_are_refused(module, reason):
+    before = type(module)
+    patched = patch(module)
+    assert not patched.replaced and type(module) is before
+    with pytest.raises(ValueError, match=reason):
+        raise ValueError(patched.skipped[0].reason)
+
+
+def test_a_part_that_is_used_elsewhere_is_left_alone():
+    """There its input has another layout."""
+    norm = ImageLayerNorm(8, True)
+    model = nn.ModuleList([norm, norm.body])
+    patched = patch(model)
+    assert not patched.replaced
+    assert patched.skipped[0].reason == "its body belongs to another module, too"
+
+
+def attention(**changes: Any) -> Attention:
+    module = Attention(12, 2)
+    for name, change in changes.items():
+        setattr(module, name, change)
+    return module
+
+
+class Unnormalised(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1e-3 * self.qkv(x).chunk(3, dim=1)[2]
+
+
+def listening() -> Attention:
+    module = Attention(12, 2)
+    module.project_out.register_forward_hook(lambda *_: None)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Unnormalised(12, 2), "its output differs by"),
+        (attention(attn_drop=nn.Dropout(0.1)), "its output differs by .* in training mode"),
+        (listening(), "its project_out has hooks, which the replacement would not run"),
+        (attention(project_out=nn.utils.parametrizations.weight_norm(nn.Conv2d(12, 12, 1, bias=False))),
+         "its parameters are those of none of TopKSparseAttention"),
+        (attention(qkv=nn.Conv2d(12, 36, 1)), "its parameters are those of none of TopKSparseAttention"),
+        (attention(qkv=nn.Conv2d(12, 36, 3, padding=1, bias=False)), "those of none of TopKSparse"),
+    ],
+)  # fmt: skip
+def test_attentions_that_are_refused(module, reason):
+    patched = patch(nn.Sequential(module))
+    assert [x.new for x in patched.replaced] == [DepthwiseConv2d]  # its depthwise convolution, which remains
+    with pytest.raises(ValueError, match=reason):
+        raise ValueError(patched.skipped[0].reason)
+
+
+@pytest.mark.parametrize(
+    ("module", "replacement", "count"),
+    [
+        (CrossAttention(12, 3), MultiInputAttention, 3),
+        (ScaleAgnosticAttention(8), PyramidAttention, 1),
+        (ScaleAgnosticAttention(8, 4, levels=3, res_scale=0.1), PyramidAttention, 1),
+    ],
+)
+def test_other_attentions(module, replacement, count):
+    inputs = [
+        torch.randn(1, module.project_out.in_channels if count == 3 else 8, 9, 10) for _ in range(count)
+    ]
+    expected = module(*inputs)
+    patch(module)
+    assert type(module) is replacement
+    torch.testing.assert_close(module(*inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+class Scaled(nn.Module):
+    """A norm of other names, which counts its calls."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim, self.calls = dim, []
+        self.gamma, self.beta = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(torch.rand(()))
+        self.count += 1
+        return F.layer_norm(x.movedim(1, -1), (self.dim,), self.gamma, self.beta).movedim(-1, 1)
+
+
+class FastScaled(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return channel_norm(x, self.gamma, self.beta)
+
+
+class WrongScaled(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return channel_norm(x, self.gamma)
+
+
+class Declared(Scaled):
+    def restore_kernels_swap(self) -> nn.Module:
+        return FastScaled(self.dim)
+
+
+def test_a_rule_for_other_modules():
+    model = nn.Sequential(Scaled(8))
+    assert not patch(model).replaced
+    generator = torch.random.get_rng_state()
+    with patch(model, {Scaled: lambda m: FastScaled(m.dim)}) as patched:
+        assert str(patched.replaced[0]) == "Scaled -> FastScaled"
+        assert model[0].calls == [] and model[0].count == 0
+        assert torch.equal(torch.random.get_rng_state(), generator)
+        assert not patch(model, {Scaled: lambda m: FastScaled(m.dim)}).replaced
+    assert type(model[0]) is Scaled
+
+
+def test_a_class_may_bring_its_rule():
+    model = nn.Sequential(Declared(8))
+    with patch(model):
+        assert type(model[0]) is FastScaled
+    assert not patch(model, {Declared: None}).replaced
+
+
+def unable(module: nn.Module) -> nn.Module:
+    raise ValueError("it has an odd number of channels")
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        (lambda m: WrongScaled(m.dim), "its output differs by"),
+        (lambda m: FastScaled(9), "its parameters are .*8,.* those of FastScaled are .*9,"),
+        (lambda m: ChannelNorm(m.dim), "its parameters are .*gamma.* those of ChannelNorm are .*weight"),
+        (unable, "it has an odd number of channels"),
+    ],
+)
+def test_a_rule_that_is_wrong_is_refused(rule, reason):
+    patched = patch(nn.Sequential(Scaled(8)), {Scaled: rule})
+    assert not patched.replaced
+    with pytest.raises(ValueError, match=reason):
+        raise ValueError(patched.skipped[0].reason)
+
+
+def test_a_rule_that_does_not_apply_and_one_that_forbids():
+    model = nn.Sequential(depthwise(), FeedForward(8, 8))
+    patched = patch(model, {nn.Conv2d: None, FeedForward: lambda m: None})
+    assert not patched.replaced and not patched.skipped
+
+
+def test_an_error_in_a_rule_is_the_caller_s():
+    with pytest.raises(TypeError, match="the rule of Scaled must return a module or None; got <class"):
+        patch(Scaled(8), {Scaled: lambda m: FastScaled})  # type: ignore[arg-type,return-value]
+    with pytest.raises(AttributeError):
+        patch(Scaled(8), {Scaled: lambda m: FastScaled(m.channels)})
