@@ -118,9 +118,9 @@ def train(
     A recipe has the keys model (name and options), data (photos: a folder of clean photos, or pairs:
     a folder with input/ and target/), out and steps, and may have task (derain, demosaic,
     {name: denoise, sigma: 30}, {name: jpeg, quality: 10} or {name: sr, scale: 2}), learning_rate,
-    weight_decay, batch, crop, seed, precision (float32 or bfloat16), device, workers, checkpoint_every and
-    the weights of losses beside Charbonnier's of the restored image: half_weight (0.8; for networks that
-    also return a result at half resolution), edge_weight (0) and ssim_weight (0).
+    weight_decay, batch, crop, seed, precision (float32, bfloat16, or float16 on a GPU), device, workers,
+    checkpoint_every and the weights of losses beside Charbonnier's of the restored image: half_weight (0.8;
+    for networks that also return a result at half resolution), edge_weight (0) and ssim_weight (0).
     """
     from dataclasses import replace
 

@@ -43,6 +43,8 @@ def run_recipe(recipe: Recipe, resume: bool, console: Console) -> Path:
             save_checkpoint(trainer.model, weights, recipe.model, recipe.task.config())
             write_text(recipe.out / LOSSES, _table(trainer.losses))
             trainer.save(checkpoint, recipe.identity())
+    if trainer.skipped_steps:
+        console.print(f"{trainer.skipped_steps} of {recipe.steps} steps skipped: float16 overflowed")
     return weights
 
 

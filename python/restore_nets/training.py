@@ -20,7 +20,7 @@ from restore_nets.losses import HALF_WEIGHT, training_loss
 from restore_nets.metrics import SSIM_WINDOW
 from restore_nets.restoring import scale_of
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PHASES = ("forward", "loss", "backward", "optimizer")  # of a step
 ADAM_BETAS = (0.9, 0.99)
 MAX_GRADIENT_NORM = 1.0
@@ -35,7 +35,9 @@ class TrainingConfig:
         steps: number of optimizer steps.
         learning_rate: its highest value, after a linear warm-up; it then falls to 0 along a cosine.
         weight_decay: of AdamW, on matrices and kernels; not on biases, norms and temperatures.
-        precision: ``"float32"``, or ``"bfloat16"`` for autocast.
+        precision: ``"float32"``, or ``"bfloat16"`` or, on CUDA devices, ``"float16"`` for autocast.
+            float16 scales the loss, so that small gradients do not vanish, and skips steps whose
+            gradients overflow.
         device: as for ``torch.device``.
         workers: processes that prepare batches; 0 prepares them in this one.
         half_weight: of the loss at half resolution, beside 1 at full resolution; without effect on
@@ -64,6 +66,11 @@ class TrainingConfig:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+        if self.precision == "float16" and not self.device.startswith("cuda"):
+            raise ValueError(
+                "precision float16 needs a CUDA device, bfloat16 works on all; "
+                f"got precision='float16' with device={self.device!r}"
+            )
         if self.workers < 0:
             raise ValueError(f"workers must not be negative; got {self.workers}")
 
@@ -87,6 +94,7 @@ class Trainer:
 
     Attributes:
         losses: one per step taken; their number is the next step.
+        skipped_steps: how many of them left the weights alone, because gradients in float16 overflowed.
         phase: ``with phase(name):`` surrounds each of the ``PHASES`` of a step; by default the ranges that
             torch.profiler shows under these names.
 
@@ -115,7 +123,9 @@ class Trainer:
             betas=ADAM_BETAS,
             fused=True,
         )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.losses: list[float] = []
+        self.skipped_steps = 0
         self.phase: Callable[[str], AbstractContextManager[Any]] = record_function
 
     def train(self, on_step: Callable[[float], None] | None = None, until: int | None = None) -> None:
@@ -145,8 +155,9 @@ class Trainer:
         step = len(self.losses)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * schedule(step, self.config.steps)
-        narrow = self.config.precision == "bfloat16"
-        with self.phase("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=narrow):
+        dtype = PRECISIONS[self.config.precision]
+        narrow = dtype != torch.float32
+        with self.phase("forward"), torch.autocast(self.device.type, dtype, enabled=narrow):
             output = self.model(degraded)
         with self.phase("loss"):
             weights = (self.config.half_weight, self.config.edge_weight, self.config.ssim_weight)
@@ -158,10 +169,14 @@ class Trainer:
             )
         with self.phase("backward"):
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            self.scaler.scale(loss).backward()
         with self.phase("optimizer"):
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+            scale = self.scaler.get_scale()
+            self.scaler.update()
+            self.skipped_steps += self.scaler.get_scale() < scale  # after gradients that overflowed
         return value
 
     def save(self, path: Path, recipe: dict[str, Any]) -> None:
@@ -176,6 +191,8 @@ class Trainer:
             "losses": self.losses,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped_steps": self.skipped_steps,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -198,6 +215,9 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses = list(state["losses"])
+        if self.scaler.is_enabled():  # checkpoints from before it existed are of other precisions
+            self.scaler.load_state_dict(state["scaler"])
+            self.skipped_steps = state["skipped_steps"]
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
