@@ -10,6 +10,7 @@ from restore_kernels.depthwise_conv import depthwise_conv2d
 from restore_kernels.info import info
 from restore_kernels.masked_attention import masked_attention
 from restore_kernels.patching import patch
+from restore_kernels.pointwise_conv import pointwise_conv2d
 from restore_kernels.pyramid_attention import pyramid_attention
 from restore_kernels.recording import record
 from restore_kernels.topk_attention import topk_attention
@@ -23,6 +24,7 @@ __all__ = [
     "info",
     "masked_attention",
     "patch",
+    "pointwise_conv2d",
     "pyramid_attention",
     "record",
     "topk_attention",

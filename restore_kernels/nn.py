@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from restore_kernels.channel_norm import channel_norm
 from restore_kernels.depthwise_conv import depthwise_conv2d
 from restore_kernels.depthwise_conv.api import ACTIVATIONS, DILATIONS, INPUTS, SIZES
 from restore_kernels.masked_attention import masked_attention
+from restore_kernels.pointwise_conv import pointwise_conv2d
 from restore_kernels.pyramid_attention import pyramid_attention
 from restore_kernels.pyramid_attention.api import PATCH_SIZES
 from restore_kernels.topk_attention import topk_attention
@@ -20,6 +23,7 @@ __all__ = [
     "DynamicDualAttention",
     "MultiDconvAttention",
     "MultiInputAttention",
+    "PointwiseConv2d",
     "PyramidAttention",
     "TopKSparseAttention",
 ]
@@ -121,6 +125,32 @@ class DepthwiseConv2d(nn.Conv2d):
         return depthwise_conv2d(
             input, self.weight, self.bias, dilation=self.dilation[0], activation=self.activation
         )
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """``nn.Conv2d`` of size 1 and stride 1, of one image or of several as if they were concatenated.
+
+    A drop-in: the same state-dict keys, shapes and initial values.
+
+    Args:
+        in_channels: of the image, or of all images together.
+        out_channels: of the result.
+        bias: whether there is one.
+
+    Shape: (B, in_channels, H, W), or a sequence of 1 to 8 (B, C_i, H, W) whose C_i sum up to in_channels ->
+    (B, out_channels, H, W).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        if in_channels < 1 or out_channels < 1:
+            raise ValueError(
+                "in_channels and out_channels must be at least 1; "
+                f"got in_channels={in_channels}, out_channels={out_channels}"
+            )
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, input: Tensor | Sequence[Tensor]) -> Tensor:
+        return pointwise_conv2d(input, self.weight, self.bias)
 
 
 class _ProjectedAttention(nn.Module):

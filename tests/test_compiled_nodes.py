@@ -81,10 +81,25 @@ def norm_without_bias(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
     return lambda x, weight: restore_kernels.channel_norm(x, weight, backend="cpu"), tensors
 
 
+def pointwise_conv(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
+    shapes = ((2, 3, 5, 4), (2, 6, 5, 4), (7, 9, 1, 1), (7,))
+    return lambda a, b, weight, bias: restore_kernels.pointwise_conv2d(
+        [a, b], weight, bias, backend="cpu"
+    ), [normal(*shape, dtype=dtype) for shape in shapes]  # fmt: skip
+
+
+def pointwise_conv_per_image(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
+    shapes = ((2, 2, 5, 4), (2, 1, 5, 4), (2, 7, 3, 1, 1))
+    return lambda a, b, weight: restore_kernels.pointwise_conv2d(
+        [a, b], weight, backend="cpu"
+    ), [normal(*shape, dtype=dtype) for shape in shapes]  # fmt: skip
+
+
 CASES = [
     topk_channel, topk_channel_projected, topk_token,
     masked_channel, masked_channel_projected, masked_token,
     norm_with_bias, norm_without_bias,
+    pointwise_conv, pointwise_conv_per_image,
 ]  # fmt: skip
 
 
@@ -99,7 +114,7 @@ def test_equal_the_functions(case, dtype, monkeypatch):
     call, tensors = case(dtype)
     compiled = results(call, tensors)
     assert "CppNode" in type(call(*tensors).grad_fn).__name__ or "CppNode" in call(*tensors).grad_fn.name()
-    for operator in ("topk_attention", "masked_attention", "channel_norm"):
+    for operator in ("topk_attention", "masked_attention", "channel_norm", "pointwise_conv"):
         autograd = importlib.import_module(f"restore_kernels.{operator}.autograd")
         monkeypatch.setattr(autograd, "compiled_functions", lambda backend: None)
     in_python = results(call, tensors)

@@ -242,6 +242,41 @@ struct DepthwiseConv : torch::autograd::Function<DepthwiseConv> {
   }
 };
 
+struct PointwiseConv : torch::autograd::Function<PointwiseConv> {
+  using Forward = Tensor(at::TensorList, const Tensor&, const OptionalTensor&);
+  using Backward = std::tuple<std::vector<Tensor>, Tensor, Tensor>(const Tensor&, at::TensorList, const Tensor&,
+                                                                   const c10::List<bool>&);
+
+  static Tensor forward(AutogradContext* ctx, at::TensorList x, const Tensor& weight, const OptionalTensor& bias) {
+    static const auto op = find<Forward>("restore_kernels::pointwise_conv");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    variable_list saved(x.begin(), x.end());
+    saved.push_back(weight);
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["has_bias"] = bias.has_value();
+    return op.call(x, weight, bias);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grad_out) {
+    static const auto op = find<Backward>("restore_kernels::pointwise_conv_backward");
+    auto x = ctx->get_saved_variables();
+    const Tensor weight = std::move(x.back());
+    x.pop_back();
+    c10::List<bool> wanted;
+    for (size_t i = 0; i <= x.size(); ++i) wanted.push_back(ctx->needs_input_grad(i));
+    wanted.push_back(ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(x.size() + 1));
+    auto [grads, of_weight, of_bias] = [&] {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return op.call(grad_out[0], x, weight, wanted);
+    }();
+    grads.push_back(of_weight);
+    grads.push_back(of_bias);
+    for (size_t i = 0; i < grads.size(); ++i)
+      if (!wanted[i]) grads[i] = Tensor();
+    return once("pointwise_conv2d", std::move(grads));
+  }
+};
+
 }  // namespace
 
 Tensor channel_topk(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& temperature, const Tensor& weights,
@@ -265,6 +300,9 @@ Tensor channel_norm(const Tensor& x, const Tensor& weight, const OptionalTensor&
 }
 Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation, bool relu) {
   return DepthwiseConv::apply(x, weight, bias, dilation, relu);
+}
+Tensor pointwise_conv(const std::vector<Tensor>& x, const Tensor& weight, const OptionalTensor& bias) {
+  return PointwiseConv::apply(at::TensorList(x), weight, bias);
 }
 
 }  // namespace restore_kernels

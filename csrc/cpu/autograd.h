@@ -21,5 +21,6 @@ Tensor token_masked(const Tensor& q, const Tensor& k, const Tensor& v, const Opt
                     const Tensor& temperature, bool normalize);
 Tensor channel_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps);
 Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation, bool relu);
+Tensor pointwise_conv(const std::vector<Tensor>& x, const Tensor& weight, const OptionalTensor& bias);
 
 }  // namespace restore_kernels

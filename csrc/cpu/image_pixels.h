@@ -5,7 +5,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <type_traits>
 
 #include "matrix.h"
@@ -33,9 +32,9 @@ inline Tensor empty_image_like(const Tensor& x, int64_t channels) {
 // alone, so that sums are the same for any number of threads.
 class Pixels {
  public:
-  Pixels(std::initializer_list<Tensor> images, int64_t tile_elements) {
+  Pixels(at::TensorList images, int64_t tile_elements) {
     constexpr int64_t kTasks = 64, kLine = 64;
-    const Tensor& x = *images.begin();
+    const Tensor& x = images[0];
     const bool whole = std::all_of(images.begin(), images.end(), [](const Tensor& image) {
       return image.size(2) == 1 || image.size(3) == 1 || image.stride(2) == image.size(3) * image.stride(3);
     });

@@ -19,6 +19,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("token_masked", restore_kernels::token_masked, WithoutGil());
   m.def("channel_norm", restore_kernels::channel_norm, WithoutGil());
   m.def("depthwise_conv", restore_kernels::depthwise_conv, WithoutGil());
+  m.def("pointwise_conv", restore_kernels::pointwise_conv, WithoutGil());
   m.def("build_info", [] {
     return std::string(TO_STRING(CPU_CAPABILITY)) + ", " + __VERSION__ + ", " + RESTORE_KERNELS_FLAGS;
   });

@@ -1,0 +1,273 @@
+// Pointwise (1x1) convolution on the CPU: the operators of ops.py.
+//
+// Schedule. A task owns tiles of pixels. Where tiles are few, also only some of the output's channels, or in backward
+// of the input's, so that all threads have work.
+//   forward   packs kDepth channels of a tile from the images they come from, which are nowhere written together,
+//             and multiplies them by the weight; the sums over all channels stay in L2 until they are written.
+//   backward  packs the output's gradient and, transposed in registers, x once per tile, and makes the gradient of x
+//             and a share of those of weight and bias of them.
+// Rows of an image lie a power of two apart; packed, at an odd number of cache lines, they do not fight for the same
+// sets of L1. The image is read and written once: 4 (C + C_out) bytes per pixel forward and 4 (2 C + C_out) backward.
+// Bound: C * C_out multiply-adds per pixel forward and twice that backward, one instruction per cycle; at C of 16 and
+// less the memory.
+//
+// Tiles and shares depend on shapes and strides alone, and shares are added in their order, so results are the same
+// for any number of threads.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "image_pixels.h"
+#include "tile_gemm.h"
+
+namespace restore_kernels {
+inline namespace CPU_CAPABILITY {
+namespace pointwise {
+namespace {
+
+using at::TensorList;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kTile = 256;  // pixels
+constexpr int64_t kDepth = 128;  // steps of a sum whose factors stay in L1
+constexpr int64_t kColumns = 192;  // of the weight's gradient that are made together
+constexpr int64_t kTasks = 8;  // to divide a call into, at least
+constexpr int64_t kGrain = 1 << 19;  // multiply-adds that are worth a task
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The distance of packed rows: an odd number of cache lines.
+int64_t pitch(int64_t columns) {
+  constexpr int64_t kLine = 16;  // elements
+  return (ceil_div(columns, kLine) | 1) * kLine;
+}
+
+// Calls f(i, channel of image i, its place after `begin`, count) for the images that channels begin to end come from.
+template <typename F>
+void each_image(TensorList images, int64_t begin, int64_t end, F f) {
+  int64_t first = 0;
+  for (size_t i = 0; i < images.size(); ++i) {
+    const int64_t channels = images[i].size(1), from = std::max(begin, first), to = std::min(end, first + channels);
+    if (from < to) f(i, from - first, from - begin, to - from);
+    first += channels;
+  }
+}
+
+// c = a b + addend in stretches of about kDepth of the rows of b, which block(first row, rows) makes available.
+template <typename T, typename Block>
+void multiply_in_stretches(Matrix<const T> a, Block block, Matrix<T> c, int64_t rows, int64_t columns, int64_t depth,
+                           Addend<T> addend) {
+  const int64_t stretch = ceil_div(depth, ceil_div(depth, kDepth));
+  for (int64_t k = 0; k < depth; k += stretch) {
+    const int64_t steps = std::min(stretch, depth - k);
+    multiply<T>(a.from(0, k), block(k, steps), c, rows, columns, steps, k == 0 ? addend : Addend<T>{c});
+  }
+}
+
+// compute(tile) makes a tile of an image: in place if that holds what is computed and it is written only once.
+template <typename S, typename T, typename F>
+void write_once(Matrix<S> x, int64_t rows, int64_t columns, int64_t depth, Matrix<T> scratch, F compute) {
+  if (depth <= kDepth) return write_tile<S, T>(x, rows, columns, scratch, compute);
+  compute(scratch);
+  copy_tile<T, S>(scratch, x, rows, columns);
+}
+
+// The sizes of a call, and its weights as matrices.
+template <typename T>
+struct Problem {
+  int64_t outputs, channels, image_pixels, pixels;
+  const T* weights;
+  bool per_image;
+
+  Problem(const Tensor& image, const Tensor& weight)
+      : outputs(weight.size(-4)), channels(weight.size(-3)), image_pixels(image.size(2) * image.size(3)),
+        pixels(image.size(0) * image_pixels), weights(weight.const_data_ptr<T>()), per_image(weight.dim() == 5) {}
+
+  // Of the image with pixel `first` of all.
+  Matrix<const T> weight(int64_t first) const {
+    return {weights + (per_image ? first / image_pixels * outputs * channels : 0), channels};
+  }
+  int64_t work() const { return outputs * channels * pixels; }
+};
+
+// Into how many parts to cut `size` so that there are kTasks of `tasks`, if there is work for them.
+int64_t parts(int64_t tasks, int64_t work, int64_t size) {
+  constexpr int64_t kLeast = 64;  // of size
+  tasks = std::max<int64_t>(tasks, 1);
+  const int64_t wanted = std::min(ceil_div(kTasks, tasks), work / (kGrain * tasks));
+  return std::clamp<int64_t>(wanted, 1, ceil_div(size, kLeast));
+}
+
+template <typename S>
+void forward(TensorList x, const Tensor& weight, const OptionalTensor& bias, const Tensor& out) {
+  using T = Accumulate<S>;
+  const Problem<T> p(out, weight);
+  std::vector<Tensor> images(x.begin(), x.end());
+  images.push_back(out);
+  const Pixels pixels(images, kTile * x[0].size(1));
+  const int64_t row = pitch(pixels.tile()), count_parts = parts(pixels.tasks(), p.work(), p.outputs);
+  const int64_t rows = ceil_div(p.outputs, count_parts), tasks = pixels.tasks() * count_parts;
+  const std::vector<T> ones(pixels.tile(), T(1));
+  const int64_t grain = std::max<int64_t>(1, kGrain * tasks / std::max<int64_t>(1, p.work()));
+  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    Scratch<T> packed(kDepth * row), sums(rows * row);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t o = task % count_parts * rows, count = std::min(rows, p.outputs - o);
+      if (count <= 0) continue;
+      pixels.tiles(task / count_parts, [&](int64_t index, int64_t n, int64_t columns, int64_t first) {
+        const auto target = pixels.from<S>(out, index, n).from(o, 0);
+        write_once<S, T>(target, count, columns, p.channels, {sums.get(), row}, [&](Matrix<T> to) {
+          const auto block = [&](int64_t c, int64_t channels) {
+            each_image(x, c, c + channels, [&](size_t i, int64_t from, int64_t at, int64_t taken) {
+              const auto source = pixels.from<const S>(x[i], index, n).from(from, 0);
+              copy_tile<S, T>(source, {packed.get() + at * row, row}, taken, columns);
+            });
+            return Matrix<const T>{packed.get(), row};
+          };
+          const Addend<T> biases = bias ? Addend<T>{{ones.data(), 0}, bias->const_data_ptr<T>() + o} : Addend<T>{};
+          multiply_in_stretches<T>(p.weight(first).from(o, 0), block, to, count, columns, p.channels, biases);
+        });
+      });
+    }
+  });
+}
+
+// What backward makes. A share is the gradients of weight and bias from some of the pixels of a weight.
+struct Results {
+  std::vector<Tensor> x;  // those not wanted are undefined
+  Tensor shares;  // weights x shares x (outputs * channels + outputs)
+  bool weight, bias;
+};
+
+template <typename S>
+void backward(const Tensor& grad_out, TensorList x, const Tensor& weight, const Pixels& pixels, const Results& results) {
+  using T = Accumulate<S>;
+  const Problem<T> p(grad_out, weight);
+  const int64_t row = pitch(pixels.tile()), weights = results.shares.size(0), shares = results.shares.size(1);
+  const int64_t count_parts = parts(weights * shares, 2 * p.work(), p.channels), tasks = weights * shares * count_parts;
+  const int64_t part = ceil_div(p.channels, count_parts), runs = pixels.tasks() / std::max<int64_t>(weights, 1);
+  const int64_t grain = std::max<int64_t>(1, kGrain * tasks / std::max<int64_t>(1, 2 * p.work()));
+  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    const int64_t across = std::min(part, kColumns), x_row = pitch(across);
+    Scratch<T> grads(p.outputs * row), transposed(pixels.tile() * x_row), sums(part * row);
+    const Matrix<T> grad{grads.get(), row}, x_t{transposed.get(), x_row};
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t c_begin = task % count_parts * part, c_end = std::min(c_begin + part, p.channels);
+      const int64_t share = task / count_parts, of = share / shares;
+      T* of_weight = results.shares.mutable_data_ptr<T>() + share * results.shares.size(2);
+      T* of_bias = of_weight + p.outputs * p.channels;
+      const Matrix<T> grad_weight{of_weight, p.channels};
+      if (results.weight)
+        for (int64_t o = 0; o < p.outputs && c_begin < c_end; ++o)
+          std::fill(of_weight + o * p.channels + c_begin, of_weight + o * p.channels + c_end, T(0));
+      if (results.bias && c_begin == 0) std::fill_n(of_bias, p.outputs, T(0));
+      if (c_begin >= c_end) continue;
+      const auto tile = [&](int64_t index, int64_t n, int64_t columns, int64_t first) {
+        copy_tile<S, T>(pixels.from<const S>(grad_out, index, n), grad, p.outputs, columns);
+        if (results.bias && c_begin == 0)
+          for (int64_t o = 0; o < p.outputs; ++o)
+            of_bias[o] += at::vec::reduce_all<T>([](auto a, auto b) { return a + b; }, grads.get() + o * row, columns);
+        for (int64_t c = c_begin; results.weight && c < c_end; c += across) {
+          const int64_t count = std::min(across, c_end - c);
+          each_image(x, c, c + count, [&](size_t i, int64_t from, int64_t at, int64_t taken) {
+            const auto source = pixels.from<const S>(x[i], index, n).from(from, 0);
+            copy_tile<S, T>(source, x_t.from(0, at).transposed(), taken, columns);
+          });
+          const auto pixels_from = [&](int64_t i, int64_t) { return x_t.from(i, 0); };
+          const auto to = grad_weight.from(0, c);
+          multiply_in_stretches<T>(grad, pixels_from, to, p.outputs, count, columns, {to});
+        }
+        each_image(x, c_begin, c_end, [&](size_t i, int64_t from, int64_t at, int64_t taken) {
+          if (!results.x[i].defined()) return;
+          const auto target = pixels.from<S>(results.x[i], index, n).from(from, 0);
+          const auto outputs_from = [&](int64_t o, int64_t) { return grad.from(o, 0); };
+          write_once<S, T>(target, taken, columns, p.outputs, {sums.get(), row}, [&](Matrix<T> to) {
+            const auto weight_t = p.weight(first).transposed().from(c_begin + at, 0);
+            multiply_in_stretches<T>(weight_t, outputs_from, to, taken, columns, p.outputs, {});
+          });
+        });
+      };
+      const int64_t i = share % shares;
+      for (int64_t run = of * runs + i * runs / shares; run < of * runs + (i + 1) * runs / shares; ++run)
+        pixels.tiles(run, tile);
+    }
+  });
+}
+
+// The sum of the shares of every weight, in their order: (weights, shares, n) -> (weights, n).
+template <typename T>
+Tensor added_up(const Tensor& shares) {
+  constexpr int64_t kGrainOfSum = 4096;
+  const int64_t weights = shares.size(0), count = shares.size(1), n = shares.size(2);
+  if (count == 1) return shares.view({weights, n});
+  const Tensor sums = at::empty({weights, n}, shares.options());
+  at::parallel_for(0, weights * n, kGrainOfSum, [&](int64_t begin, int64_t end) {
+    T* total = sums.mutable_data_ptr<T>();
+    for (int64_t first = begin; first < end;) {  // of one weight
+      const int64_t w = first / n, last = std::min(end, (w + 1) * n);
+      const T* from = shares.const_data_ptr<T>() + w * count * n - w * n;
+      std::copy(from + first, from + last, total + first);
+      for (int64_t share = 1; share < count; ++share)
+        for (int64_t i = first; i < last; ++i) total[i] += from[share * n + i];
+      first = last;
+    }
+  });
+  return sums;
+}
+
+Tensor in_working_type(const Tensor& weight) {
+  return weight.to(weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
+}
+
+Tensor pointwise_conv(TensorList x, const Tensor& weight, const OptionalTensor& bias) {
+  const Tensor out = empty_image_like(x[0], weight.size(-4)), weights = in_working_type(weight);
+  const OptionalTensor biases = bias ? OptionalTensor(in_working_type(*bias)) : std::nullopt;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "pointwise_conv",
+                                  [&] { forward<scalar_t>(x, weights, biases, out); });
+  return out;
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> pointwise_conv_backward(const Tensor& grad_out, TensorList x,
+                                                                        const Tensor& weight,
+                                                                        const c10::List<bool>& wanted) {
+  constexpr int64_t kMostShares = 16, kElementsOfShares = 2 << 20;
+  const Tensor weights = in_working_type(weight);
+  const int64_t outputs = weight.size(-4), channels = weight.size(-3), of = weight.dim() == 5 ? weight.size(0) : 1;
+  Results results{{}, {}, wanted[x.size()], wanted[x.size() + 1]};
+  std::vector<Tensor> images{grad_out};
+  for (size_t i = 0; i < x.size(); ++i) {
+    results.x.push_back(wanted[i] ? empty_image_like(x[i], x[i].size(1)) : Tensor());
+    images.push_back(x[i]);
+    if (wanted[i]) images.push_back(results.x[i]);
+  }
+  const Pixels pixels(images, kTile * outputs);
+  const int64_t runs = pixels.tasks() / std::max<int64_t>(of, 1);
+  const int64_t most = std::clamp<int64_t>(runs, 1, kMostShares);
+  const int64_t shares = std::clamp<int64_t>(kElementsOfShares / (outputs * channels), 1, most);
+  results.shares = at::empty({of, shares, outputs * channels + outputs}, weights.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad_out.scalar_type(), "pointwise_conv_backward",
+                                  [&] { backward<scalar_t>(grad_out, x, weights, pixels, results); });
+  const Tensor none = at::empty({0}, weight.options());
+  for (Tensor& grad : results.x)
+    if (!grad.defined()) grad = at::empty({0}, weight.options());
+  Tensor grad_weight = none, grad_bias = none.clone();
+  AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "pointwise_conv_shares", [&] {
+    const Tensor sums = added_up<scalar_t>(results.shares);
+    if (results.weight)
+      grad_weight = sums.narrow(1, 0, outputs * channels).to(weight.scalar_type()).contiguous().view(weight.sizes());
+    if (results.bias) grad_bias = sums.narrow(1, outputs * channels, outputs).sum(0).to(weight.scalar_type());
+  });
+  return {results.x, grad_weight, grad_bias};
+}
+
+}  // namespace
+}  // namespace pointwise
+}  // namespace CPU_CAPABILITY
+
+TORCH_LIBRARY_IMPL(restore_kernels, CPU, m) {
+  m.impl("pointwise_conv.cpu", pointwise::pointwise_conv);
+  m.impl("pointwise_conv_backward.cpu", pointwise::pointwise_conv_backward);
+}
+
+}  // namespace restore_kernels

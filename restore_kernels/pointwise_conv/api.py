@@ -1,0 +1,88 @@
+"""The public function: semantic checks, backend choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from restore_kernels import checks
+from restore_kernels.backends import Call, choose
+from restore_kernels.pointwise_conv import autograd, reference
+
+MOST_IMAGES = 8
+
+
+def pointwise_conv2d(
+    x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """Convolution with kernels of size 1: at every pixel a matrix times its channels.
+
+    ``torch.nn.functional.conv2d`` of size 1 and stride 1. Several images count as concatenated along their
+    channels, as by ``torch.cat``, but are not written together.
+
+    Source: the pointwise half of separable convolutions (MobileNets, arXiv 1704.04861), and the projections
+    of attention between channels (Restormer, arXiv 2111.09881).
+
+    Args:
+        x: (B, C, H, W), or 1 to 8 such images with channels of their own. float32, bfloat16, float16 or
+            float64, all of one dtype; any strides, channels_last among them. Under autocast x, weight and
+            bias are cast as for a convolution.
+        weight: (C_out, C, 1, 1), or one per image of the batch, (B, C_out, C, 1, 1), with C the channels of
+            all images of x together; same dtype and device as x.
+        bias: (C_out), or None.
+        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``.
+
+    Returns:
+        (B, C_out, H, W), channels_last where the first image of x is.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+        RuntimeError: the backend asked for by name cannot run this call; the message says why.
+    """
+    images, weight, bias = _prepare(x, weight, bias)
+    chosen = choose(_call(images, weight, bias), backend)
+    if chosen != "eager":
+        return autograd.pointwise_conv(images, weight, bias, chosen)
+    with checks.no_autocast(images[0].device.type):
+        return reference.pointwise_conv(images, weight, bias)
+
+
+def _prepare(x: Any, weight: Any, bias: Any) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
+    """Every semantic check of a call; its images and the rest, cast where autocast is on."""
+    if isinstance(x, Tensor):
+        names, images = ("x",), (x,)
+    elif isinstance(x, (list, tuple)):
+        if not 1 <= len(x) <= MOST_IMAGES:
+            raise ValueError(f"x must be 1 to {MOST_IMAGES} images; got {len(x)}")
+        names, images = tuple(f"x[{i}]" for i in range(len(x))), x
+    else:
+        raise TypeError(f"x must be a tensor or a sequence of tensors; got {type(x).__name__}")
+    *images, weight, bias = checks.autocast(*images, weight, bias)
+    for name, image in zip(names, images, strict=True):
+        checks.floating_tensor(name, image, ("B", "C", "H", "W"))
+    first, *others = images
+    batch, _, *size = first.shape
+    for name, image in zip(names[1:], others, strict=True):
+        checks.like(name, image, first, (batch, image.shape[1], *size), names[0])
+    per_image = isinstance(weight, Tensor) and weight.dim() == 5
+    checks.floating_tensor("weight", weight, ("B",) * per_image + ("C_out", "C", "1", "1"))
+    channels = sum(image.shape[1] for image in images)
+    outputs = weight.shape[-4]
+    checks.like("weight", weight, first, (batch,) * per_image + (outputs, channels, 1, 1), names[0])
+    if bias is not None:
+        checks.like("bias", bias, first, (outputs,), names[0])
+    return tuple(images), weight, bias
+
+
+def _call(images: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None) -> Call:
+    tensors = (*images, weight) if bias is None else (*images, weight, bias)
+    return Call("pointwise_conv2d", "1x1", tensors, "it has no kernels for this operator")
+
+
+def _plan(x, weight, bias=None, *, backend="auto"):
+    return _call(*_prepare(x, weight, bias))
+
+
+pointwise_conv2d.plan = _plan  # type: ignore[attr-defined]
