@@ -2,7 +2,7 @@
 
 ``why_not`` lists the backends in order of preference, each with ``None`` if it can run the call and
 otherwise one line that says why it cannot. ``choose`` picks; a backend that was asked for by name never
-falls back.
+falls back, except to others named after it.
 """
 
 from __future__ import annotations
@@ -21,40 +21,49 @@ from restore_kernels import choices, native
 NAMES = ("auto", "eager", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "RESTORE_KERNELS_BACKEND"
 
+Backend = str | tuple[str, ...] | list[str]  # a name, or several in order of preference
+
 # Innermost `use_backend` last. A plain list, so that torch.compile guards on its content.
-_requested: list[str] = []
+_requested: list[tuple[str, ...]] = []
 
 
-def check_name(name: str, source: str) -> str:
-    if name not in NAMES:
-        raise ValueError(f"{source} must be one of {', '.join(NAMES)}; got {name!r}")
-    return name
+def check_names(names: Backend, source: str) -> tuple[str, ...]:
+    several = tuple(names) if isinstance(names, (tuple, list)) else (names,)
+    if not several:
+        raise ValueError(f"{source} must name at least one of {', '.join(NAMES)}")
+    for name in several:
+        if name not in NAMES:
+            raise ValueError(f"{source} must be one of {', '.join(NAMES)}; got {name!r}")
+    return several
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Make ``name`` the backend of every call in the block that does not name one itself.
+def use_backend(*names: str) -> Iterator[None]:
+    """Name the backend of every call in the block that does not name one itself.
 
     Args:
-        name: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``.
+        names: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``. Of several, the first that can run a call
+            runs it: ``use_backend("cuda", "triton")`` is CUDA C++ wherever that has a kernel.
 
     Raises:
-        ValueError: if ``name`` is none of these.
+        ValueError: if a name is none of these, or there is no name.
     """
-    _requested.append(check_name(name, "use_backend(name)"))
+    _requested.append(check_names(names, "use_backend(name)"))
     try:
         yield
     finally:
         _requested.pop()
 
 
-def requested(argument: str) -> str:
-    """The backend in force: the call's own, else the block's, else the process's, else auto."""
-    if check_name(argument, "backend") != "auto":
-        return argument
+def requested(argument: Backend) -> tuple[str, ...]:
+    """The backends in force: the call's own, else the block's, else the process's, else auto."""
+    own = check_names(argument, "backend")
+    if own != ("auto",):
+        return own
     if _requested:
         return _requested[-1]
-    return check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+    names = os.environ.get(ENVIRONMENT_VARIABLE, "auto").split(",")
+    return check_names([name.strip() for name in names], ENVIRONMENT_VARIABLE)
 
 
 @dataclass(frozen=True)
@@ -114,27 +123,25 @@ _REASONS: dict[str, Callable[[Call], str | None]] = {
 }
 
 
-def choose(call: Call, backend: str) -> str:
+def choose(call: Call, backend: Backend) -> str:
     """The backend that runs this call.
 
     Raises:
-        RuntimeError: if the backend asked for by name cannot run it; the message says why.
+        RuntimeError: if none of those asked for by name can run it; the message says why, for each.
     """
-    name = requested(backend)
-    if name != "auto":
-        reason = _REASONS[name](call)
-        if reason is not None:
-            raise RuntimeError(f"{call.operator}: backend {name!r} cannot run this call: {reason}")
-        return name
-    for candidate in _order(call):
-        if _REASONS[candidate](call) is None:
-            return candidate
-    raise AssertionError("the eager backend runs everything")
+    refusals = []
+    for name in requested(backend):
+        for candidate in _order(call) if name == "auto" else (name,):
+            reason = _REASONS[candidate](call)
+            if reason is None:
+                return candidate
+            refusals.append(f"backend {candidate!r} cannot run this call: {reason}")
+    raise RuntimeError(f"{call.operator}: {'; '.join(refusals)}")
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend a call gets (``chosen``, None if the requested one cannot run it), and why."""
+    """Which backend a call gets (``chosen``, None if no requested one can run it), and why."""
 
     operator: str
     requested: str
@@ -162,8 +169,8 @@ def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     except AttributeError:
         raise TypeError(f"operator must be a restore_kernels operator; got {operator!r}") from None
     call = plan(*args, **kwargs)
-    name = requested(kwargs.get("backend", "auto"))
+    names = requested(kwargs.get("backend", "auto"))
     reasons = why_not(call)
     runnable = [candidate for candidate, reason in reasons.items() if reason is None]
-    chosen = runnable[0] if name == "auto" else name if name in runnable else None
-    return Explanation(call.operator, name, chosen, reasons)
+    chosen = (runnable[0] if name == "auto" else name for name in names if name in ("auto", *runnable))
+    return Explanation(call.operator, ", ".join(names), next(chosen, None), reasons)

@@ -128,6 +128,47 @@ def test_a_named_backend_never_falls_back(without_libraries, qkv, name):
         topk_attention(*qkv, [2])
 
 
+def test_of_several_the_first_that_can_runs(everything_runs, qkv, monkeypatch):
+    monkeypatch.setitem(backends._REASONS, "cuda", lambda call: "no kernel")
+    monkeypatch.setenv("RESTORE_KERNELS_BACKEND", "triton, cpu")
+    topk_attention(*qkv, [2])
+    topk_attention(*qkv, [2], backend=("cuda", "eager", "cpu"))
+    with use_backend("cuda", "cpu"):
+        topk_attention(*qkv, [2])
+        topk_attention(*qkv, [2], backend=["cuda", "triton"])
+        topk_attention(*qkv, [2], backend="eager")
+    with use_backend("cuda", "auto"):
+        topk_attention(*qkv, [2])
+    assert everything_runs == ["triton", "eager", "cpu", "triton", "eager", "cpu"]
+
+
+def test_of_several_that_cannot_each_says_why(without_libraries, qkv):
+    message = (
+        "^topk_attention: backend 'cuda' cannot run this call: there is no GPU; "
+        "backend 'triton' cannot run this call: it is not installed$"
+    )
+    with pytest.raises(RuntimeError, match=message), use_backend("cuda", "triton"):
+        topk_attention(*qkv, [2])
+    explanation = explain(topk_attention, *qkv, [2], backend=["cuda", "triton"])
+    assert (explanation.requested, explanation.chosen) == ("cuda, triton", None)
+    assert explain(topk_attention, *qkv, [2], backend=("cuda", "auto")).chosen == "eager"
+    assert explain(topk_attention, *qkv, [2], backend=("cuda", "eager", "triton")).chosen == "eager"
+
+
+@pytest.mark.parametrize("names", [(), []])
+def test_no_name_at_all(qkv, names):
+    with pytest.raises(ValueError, match="backend must name at least one of auto, eager, cpu"):
+        topk_attention(*qkv, [2], backend=names)
+    with pytest.raises(ValueError, match=r"use_backend\(name\) must name at least one of"), use_backend():
+        pass
+
+
+@pytest.mark.parametrize("backend", [None, 3, ("cpu", "gpu"), ["cpu", None], "cpu,eager"])
+def test_what_is_no_name(qkv, backend):
+    with pytest.raises(ValueError, match="backend must be one of auto, eager, cpu, triton, cuda; got"):
+        topk_attention(*qkv, [2], backend=backend)
+
+
 def test_without_any_library_everything_runs_in_eager(without_libraries, qkv):
     q, k, v = (x.requires_grad_() for x in qkv)
     topk_attention(q, k, v, [2, None]).sum().backward()

@@ -11,7 +11,7 @@ from attention_problems import INTERPRETED, LAYOUTS
 from operators import OPERATORS, close, compiled, each_backend, fused, qkv, randn
 from torch import Tensor
 
-from restore_kernels import use_backend
+from restore_kernels import record, use_backend
 from restore_kernels.nn import DynamicDualAttention, MultiInputAttention, TopKSparseAttention
 
 
@@ -200,24 +200,24 @@ MODULES = [
 
 
 def each_module(modules, wanted: Callable[[str], bool]) -> pytest.MarkDecorator:
-    """Runs the test for every module and each wanted backend of all its operators.
+    """Runs the test for every module and each wanted backend.
 
-    All modules have depthwise convolutions, for which there are no CUDA C++ kernels.
+    All modules have depthwise convolutions, for which there are no CUDA C++ kernels: Triton's run.
     """
     pairs = [
-        (name, make)
+        (("cuda", "triton") if name == "cuda" else (name,), make)
         for operator, make in modules
         for name in operator.backends
-        if wanted(name) and name != "cuda"
+        if wanted(name)
     ]
-    return pytest.mark.parametrize(("backend", "make"), pairs)
+    return pytest.mark.parametrize(("backends", "make"), pairs)
 
 
 @each_module(MODULES, fused)
-def test_modules_keep_channels_last(backend, make):
+def test_modules_keep_channels_last(backends, make):
     torch.manual_seed(0)
     module, x = make().to(conformance.DEVICE), randn(1, 12, 7, 5)
-    with use_backend(backend):
+    with use_backend(*backends):
         expected = module(x)
         module = module.to(memory_format=torch.channels_last)
         x = x.to(memory_format=torch.channels_last).requires_grad_()
@@ -228,25 +228,41 @@ def test_modules_keep_channels_last(backend, make):
 
 
 @each_module(MODULES, fused)
-def test_modules_agree_with_eager(backend, make):
+def test_modules_agree_with_eager(backends, make):
     torch.manual_seed(0)
     module, x = make().to(conformance.DEVICE), randn(1, 12, 7, 5).requires_grad_()
     leaves = [x, *module.parameters()]
     results = []
-    for name in (backend, "eager"):
-        with use_backend(name):
+    for names in (backends, ("eager",)):
+        with use_backend(*names):
             out = module(x)
             results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     for result, expected in zip(*results, strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif("cuda" not in TOPK.backends, reason="needs the CUDA kernels, or their build for the host")
+def test_of_several_backends_each_operator_gets_the_first_that_has_it():
+    """Also in backward, and in a graph of torch.compile."""
+    module, x = TopKSparseAttention(12, 2).to(conformance.DEVICE), randn(1, 12, 5, 4)
+    with use_backend("cuda", "triton"), record() as records:
+        expected = module(x)
+        expected.sum().backward()
+    ran = {(each.operator, each.direction): each.backend for each in records}
+    assert ran == {
+        ("depthwise_conv", "forward"): "triton", ("depthwise_conv", "backward"): "triton",
+        ("topk_attention_channel", "forward"): "cuda", ("topk_attention_channel", "backward"): "cuda",
+    }  # fmt: skip
+    with use_backend("cuda", "triton"):
+        close(torch.compile(module, fullgraph=True, backend="aot_eager")(x), expected)
+
+
 @each_module(MODULES[:2], fused)
-def test_modules_run_under_deterministic_algorithms(backend, make):
+def test_modules_run_under_deterministic_algorithms(backends, make):
     module, x = make().to(conformance.DEVICE), randn(1, 12, 8, 8).requires_grad_()
     torch.use_deterministic_algorithms(True)
     try:
-        with use_backend(backend):
+        with use_backend(*backends):
             module(x).sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
@@ -254,10 +270,10 @@ def test_modules_run_under_deterministic_algorithms(backend, make):
 
 
 @each_module(MODULES[:2], compiled)
-def test_a_compiled_module_trains(backend, make):
+def test_a_compiled_module_trains(backends, make):
     torch.manual_seed(0)
     module, x = make().to(conformance.DEVICE), randn(2, 12, 8, 6)
-    with use_backend(backend):
+    with use_backend(*backends):
         expected = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
         by_graph = torch.compile(module, fullgraph=True, backend="aot_eager")
         grads = torch.autograd.grad(by_graph(x).square().sum(), list(module.parameters()))

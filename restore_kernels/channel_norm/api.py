@@ -7,12 +7,12 @@ import math
 from torch import Tensor
 
 from restore_kernels import checks
-from restore_kernels.backends import Call, choose
+from restore_kernels.backends import Backend, Call, choose
 from restore_kernels.channel_norm import autograd, reference
 
 
 def channel_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5, backend: str = "auto"
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5, backend: Backend = "auto"
 ) -> Tensor:
     """Layer normalisation of every pixel over its channels.
 
@@ -29,7 +29,7 @@ def channel_norm(
         weight: (C,), on x's device, of any of these dtypes.
         bias: (C,), the same, or None, which also leaves the mean in.
         eps: added to the variance.
-        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``.
+        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``; or several of them, best first.
 
     Returns:
         (B, C, H, W) in x's dtype, under autocast too, channels_last where x is. Statistics and arithmetic
@@ -37,7 +37,7 @@ def channel_norm(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
-        RuntimeError: the backend asked for by name cannot run this call; the message says why.
+        RuntimeError: no backend asked for by name can run this call; the message says why.
     """
     _check(x, weight, bias, eps)
     chosen = choose(_call(x, bias), backend)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from restore_kernels import checks
-from restore_kernels.backends import Call, choose
+from restore_kernels.backends import Backend, Call, choose
 from restore_kernels.depthwise_conv import autograd, reference
 
 SIZES = (1, 3, 5, 7)
@@ -18,7 +18,7 @@ ACTIVATIONS = (None, "relu")
 
 def depthwise_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int = 1,
-    activation: str | None = None, backend: str = "auto",
+    activation: str | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Convolution in which every output channel sees one input channel of its own, or two.
 
@@ -36,14 +36,14 @@ def depthwise_conv2d(
         bias: (C_out), or None.
         dilation: 1 or 2, of the taps.
         activation: None or ``"relu"``.
-        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``.
+        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``; or several of them, best first.
 
     Returns:
         (B, C_out, H, W), channels_last where x is.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
-        RuntimeError: the backend asked for by name cannot run this call; the message says why.
+        RuntimeError: no backend asked for by name can run this call; the message says why.
     """
     x, weight, bias = checks.autocast(x, weight, bias)
     _check(x, weight, bias, dilation, activation)

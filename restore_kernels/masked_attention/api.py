@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from restore_kernels import checks, coverage
-from restore_kernels.backends import Call, choose
+from restore_kernels.backends import Backend, Call, choose
 from restore_kernels.functions import call_temperature, eager
 from restore_kernels.masked_attention import autograd, reference
 from restore_kernels.tensors import accumulate_dtype
@@ -15,7 +15,7 @@ from restore_kernels.tensors import accumulate_dtype
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *,
     temperature: Tensor | float | None = None, normalize: bool = True, layout: str = "channel",
-    out_proj: Tensor | None = None, backend: str = "auto",
+    out_proj: Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Attention from one source to another one under a mask, which says how much of it may pass.
 
@@ -45,14 +45,14 @@ def masked_attention(
         layout: ``"channel"`` or ``"token"``.
         out_proj: channel layout only: (C_out, H * C) weight of a 1x1 output projection that is
             folded into the product with v. Its bias, if any, is the caller's.
-        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``.
+        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``; or several of them, best first.
 
     Returns:
         Channel: (B, H, C, N), or (B, C_out, N) with ``out_proj``. Token: (B, H, N, E).
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
-        RuntimeError: the backend asked for by name cannot run this call; the message says why.
+        RuntimeError: no backend asked for by name can run this call; the message says why.
     """
     q, k, v, out_proj = checks.autocast(q, k, v, out_proj)
     _check(q, k, v, mask, temperature, layout, out_proj)

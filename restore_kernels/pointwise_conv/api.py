@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from restore_kernels import checks
-from restore_kernels.backends import Call, choose
+from restore_kernels.backends import Backend, Call, choose
 from restore_kernels.pointwise_conv import autograd, reference
 
 MOST_IMAGES = 8
 
 
 def pointwise_conv2d(
-    x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+    x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, *, backend: Backend = "auto"
 ) -> Tensor:
     """Convolution with kernels of size 1: at every pixel a matrix times its channels.
 
@@ -32,14 +32,14 @@ def pointwise_conv2d(
         weight: (C_out, C, 1, 1), or one per image of the batch, (B, C_out, C, 1, 1), with C the channels of
             all images of x together; same dtype and device as x.
         bias: (C_out), or None.
-        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``.
+        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``; or several of them, best first.
 
     Returns:
         (B, C_out, H, W), channels_last where the first image of x is.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
-        RuntimeError: the backend asked for by name cannot run this call; the message says why.
+        RuntimeError: no backend asked for by name can run this call; the message says why.
     """
     images, weight, bias = _prepare(x, weight, bias)
     chosen = choose(_call(images, weight, bias), backend)

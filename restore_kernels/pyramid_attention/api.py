@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from restore_kernels import checks, native
-from restore_kernels.backends import Call, choose
+from restore_kernels.backends import Backend, Call, choose
 from restore_kernels.functions import eager
 from restore_kernels.pyramid_attention import autograd, reference
 
@@ -21,7 +21,7 @@ CUDA_SHARED_BYTES = 163 * 1024  # of a block, which they may need then
 def pyramid_attention(
     query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *, patch_size: int = 3,
     softmax_scale: float = 10.0, eps: float = 1e-4, out_scale: float = 0.25, hard: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Attention of every patch of an image to the patches of all levels of a pyramid.
 
@@ -45,14 +45,14 @@ def pyramid_attention(
         out_scale: multiplies the result.
         hard: take the one patch with the largest score (the first of equal ones: levels in order, each
             row by row) instead of the mixture. Then only values get a gradient.
-        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``.
+        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``; or several of them, best first.
 
     Returns:
         (B, Cv, H, W), channels_last where query is.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
-        RuntimeError: the backend asked for by name cannot run this call; the message says why.
+        RuntimeError: no backend asked for by name can run this call; the message says why.
     """
     query, keys, values = _autocast(query, keys, values)
     settings = (patch_size, softmax_scale, eps, out_scale)

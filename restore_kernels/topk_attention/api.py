@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from restore_kernels import checks, coverage
-from restore_kernels.backends import Call, choose
+from restore_kernels.backends import Backend, Call, choose
 from restore_kernels.functions import call_temperature, eager
 from restore_kernels.tensors import accumulate_dtype
 from restore_kernels.topk_attention import autograd, reference
@@ -20,7 +20,7 @@ def topk_attention(
     q: Tensor, k: Tensor, v: Tensor, topk: TopK, *,
     weights: Tensor | None = None, temperature: Tensor | float | None = None,
     normalize: bool = True, layout: str = "channel", out_proj: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Attention over the largest similarities of every row, in one or more branches.
 
@@ -49,14 +49,14 @@ def topk_attention(
         layout: ``"channel"`` or ``"token"``.
         out_proj: channel layout only: (C_out, H * C) weight of a 1x1 output projection that is
             folded into the product with v. Its bias, if any, is the caller's.
-        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``.
+        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``; or several of them, best first.
 
     Returns:
         Channel: (B, H, C, N), or (B, C_out, N) with ``out_proj``. Token: (B, H, N, E).
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
-        RuntimeError: the backend asked for by name cannot run this call; the message says why.
+        RuntimeError: no backend asked for by name can run this call; the message says why.
     """
     q, k, v, out_proj = checks.autocast(q, k, v, out_proj)
     counts = _check(q, k, v, topk, weights, temperature, layout, out_proj)
