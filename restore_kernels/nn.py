@@ -138,7 +138,7 @@ class PointwiseConv2d(nn.Conv2d):
         bias: whether there is one.
 
     Shape: (B, in_channels, H, W), or a sequence of 1 to 8 (B, C_i, H, W) whose C_i sum up to in_channels ->
-    (B, out_channels, H, W).
+    (B, out_channels, H, W). An image without B gives one without.
     """
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
@@ -150,6 +150,8 @@ class PointwiseConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1, bias=bias)
 
     def forward(self, input: Tensor | Sequence[Tensor]) -> Tensor:
+        if isinstance(input, Tensor) and input.dim() == 3:
+            return self.forward(input[None])[0]
         return pointwise_conv2d(input, self.weight, self.bias)
 
 

@@ -14,22 +14,36 @@ from torch import Tensor, nn
 
 import restore_kernels
 from restore_kernels import patch, use_backend
-from restore_kernels.nn import ChannelNorm, DepthwiseConv2d, MultiDconvAttention, TopKSparseAttention
+from restore_kernels.nn import (
+    ChannelNorm,
+    DepthwiseConv2d,
+    MultiDconvAttention,
+    PointwiseConv2d,
+    TopKSparseAttention,
+)
 
 REPLACED = {
     "blocks.0.norm1": nn.Sequential,
     "blocks.0.norm1.body": ChannelNorm,
     "blocks.0.attn": MultiDconvAttention,
     "blocks.0.attn.qkv_dwconv": DepthwiseConv2d,
+    "blocks.0.attn.qkv": PointwiseConv2d,
+    "blocks.0.attn.project_out": PointwiseConv2d,
     "blocks.0.norm2": ChannelNorm,
+    "blocks.0.ffn.project_in": PointwiseConv2d,
     "blocks.0.ffn.dwconv": DepthwiseConv2d,
+    "blocks.0.ffn.project_out": PointwiseConv2d,
     "blocks.1.norm1": nn.Sequential,
     "blocks.1.norm1.body": ChannelNorm,
     "blocks.1.attn": TopKSparseAttention,
     "blocks.1.attn.qkv_dwconv": DepthwiseConv2d,
+    "blocks.1.attn.qkv": PointwiseConv2d,
+    "blocks.1.attn.project_out": PointwiseConv2d,
     "blocks.1.norm2": ChannelNorm,
+    "blocks.1.ffn.project_in": PointwiseConv2d,
     "blocks.1.ffn.dwconv5x5": DepthwiseConv2d,
     "blocks.1.ffn.dwconv": DepthwiseConv2d,
+    "blocks.1.ffn.project_out": PointwiseConv2d,
 }
 
 
@@ -123,6 +137,8 @@ def test_nothing_but_the_class_changes(model, monkeypatch):
 def test_hooks_run_as_before_and_not_while_patching(model):
     ran: list[str] = []
     for name in REPLACED:
+        if name.endswith("attn.project_out"):
+            continue  # then its attention would not be swapped
         module = model.get_submodule(name)
         module.register_forward_pre_hook(lambda *_, name=name: ran.append(f"pre {name}"))
         module.register_forward_hook(lambda *_, name=name: ran.append(f"post {name}"))
@@ -260,10 +276,11 @@ def test_the_model_itself_may_be_one(model):
     assert type(norm) is LayerNorm2d
 
 
-def test_a_convolution_takes_an_image_without_a_batch():
-    conv, x = nn.Conv2d(8, 8, 3, padding=1, groups=8), torch.randn(8, 5, 6)
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_convolution_takes_an_image_without_a_batch(size):
+    conv, x = nn.Conv2d(8, 8, size, padding=size // 2, groups=8 if size > 1 else 1), torch.randn(8, 5, 6)
     expected = conv(x)
-    patch(conv)
+    assert patch(conv).replaced
     torch.testing.assert_close(conv(x), expected)
 
 
@@ -287,7 +304,7 @@ def test_print(model):
     text = str(patch(model))
     assert text in (Path(__file__).parents[1] / "README.md").read_text()
     lines = text.splitlines()
-    assert lines[0] == "replaced: 13"
+    assert lines[0] == "replaced: 21"
     assert "     1  Attention -> TopKSparseAttention  (blocks.1.attn)" in lines
     first = "blocks.0.attn.qkv_dwconv, blocks.0.ffn.dwconv, blocks.1.attn.qkv_dwconv, ..."
     assert f"     5  Conv2d -> DepthwiseConv2d  ({first})" in lines

@@ -20,7 +20,13 @@ from patching_models import (
 from torch import Tensor, nn
 
 from restore_kernels import channel_norm, patch
-from restore_kernels.nn import ChannelNorm, DepthwiseConv2d, MultiInputAttention, PyramidAttention
+from restore_kernels.nn import (
+    ChannelNorm,
+    DepthwiseConv2d,
+    MultiInputAttention,
+    PointwiseConv2d,
+    PyramidAttention,
+)
 
 
 def depthwise(*sizes: int, **options: Any) -> nn.Conv2d:
@@ -35,18 +41,27 @@ def randomised(module: nn.Module) -> nn.Module:
     return module
 
 
-CONVOLUTIONS = [
+POINTWISE = [
+    nn.Conv2d(8, 4, 1), nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 8, 1, padding="same"),
+    nn.Conv2d(8, 8, 1, padding="valid", padding_mode="reflect"),
+]  # fmt: skip
+DEPTHWISE = [
     depthwise(), depthwise(8, 1, bias=False), depthwise(8, 5), depthwise(8, 7, padding="same"),
     depthwise(8, 3, dilation=2, padding=2), nn.Conv2d(8, 4, 3, padding=1, groups=4),
-    depthwise(8, 3, dtype=torch.bfloat16), depthwise(8, 3, device="meta"),
+    depthwise(8, 1, padding_mode="circular"), depthwise(8, 3, dtype=torch.bfloat16),
+    depthwise(8, 3, device="meta"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("conv", CONVOLUTIONS, ids=str)
-def test_depthwise_convolutions_are_swapped(conv):
+@pytest.mark.parametrize(
+    ("conv", "replacement"),
+    [(conv, DepthwiseConv2d) for conv in DEPTHWISE] + [(conv, PointwiseConv2d) for conv in POINTWISE],
+    ids=str,
+)
+def test_convolutions_are_swapped(conv, replacement):
     before = repr(conv)
     with patch(conv) as patched:
-        assert [x.new for x in patched.replaced] == [DepthwiseConv2d] and not patched.skipped
+        assert [x.new for x in patched.replaced] == [replacement] and not patched.skipped
     assert repr(conv) == before
 
 
@@ -73,10 +88,13 @@ NEAR_MISSES = [
     (depthwise(8, 3, padding_mode="reflect"), "padding_mode must be 'zeros'; got 'reflect'"),
     (depthwise(8, 9), "kernel_size must be 1, 3, 5 or 7; got 9"),
     (depthwise(8, 3, dilation=3), "dilation must be 1 or 2; got 3"),
-    (depthwise(8, 3, padding=0), r"padding must be \(1, 1\), which keeps the size; got \(0, 0\)"),
-    (depthwise(8, 3, padding="valid"), r"padding must be \(1, 1\), which keeps the size; got valid"),
+    (depthwise(8, 3, padding=0), r"padding must be \(1, 1\); got \(0, 0\)"),
+    (depthwise(8, 3, padding="valid"), r"padding must be \(1, 1\); got 'valid'"),
+    (nn.Conv2d(8, 8, 1, stride=2), r"stride must be \(1, 1\); got \(2, 2\)"),
+    (nn.Conv2d(8, 8, 1, padding=1), r"padding must be \(0, 0\); got \(1, 1\)"),
+    (OtherConv2d(8, 8, 1), "something else than nn.Conv2d"),
     (nn.Conv2d(8, 8, (3, 5), padding=(1, 2), groups=8), r"kernel_size must be \(3, 3\); got \(3, 5\)"),
-    (nn.Conv2d(8, 16, 3, padding=1, groups=8), "groups must be 16; got 8"),
+    (nn.Conv2d(8, 16, 3, padding=1, groups=8), "in_channels must be out_channels or twice as many"),
     (nn.Conv2d(12, 4, 3, padding=1, groups=4), "in_channels must be out_channels or twice as many"),
     (OtherConv2d(8, 8, 3, padding=1, groups=8), "something else than nn.Conv2d"),
     (nn.LazyConv2d(8, 3, padding=1, groups=8), "something else than nn.Conv2d"),
@@ -284,7 +302,7 @@ def listening() -> Attention:
 )  # fmt: skip
 def test_attentions_that_are_refused(module, reason):
     patched = patch(nn.Sequential(module))
-    assert [x.new for x in patched.replaced] == [DepthwiseConv2d]  # its depthwise convolution, which remains
+    assert {x.new for x in patched.replaced} <= {DepthwiseConv2d, PointwiseConv2d}  # those within remain
     with pytest.raises(ValueError, match=reason):
         raise ValueError(patched.skipped[0].reason)
 

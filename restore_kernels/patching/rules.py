@@ -56,26 +56,34 @@ def _built_in(module: nn.Module) -> Sequence[nn.Module]:
 
 
 def _convolution(conv: nn.Conv2d) -> Sequence[nn.Module]:
-    if conv.groups == 1 or conv.groups not in (conv.in_channels, conv.out_channels):
+    pointwise = conv.groups == 1 and conv.kernel_size == (1, 1)
+    if not pointwise and (conv.groups == 1 or conv.groups not in (conv.in_channels, conv.out_channels)):
         return ()
     if type(conv) is not nn.Conv2d:
         raise ValueError("it may compute something else than nn.Conv2d; a rule can say that it does not")
-    for name, value, expected in (
-        ("groups", conv.groups, conv.out_channels),
-        ("stride", conv.stride, (1, 1)),
-        ("kernel_size", conv.kernel_size, conv.kernel_size[:1] * 2),
-        ("dilation", conv.dilation, conv.dilation[:1] * 2),
-        ("padding_mode", conv.padding_mode, "zeros"),
-    ):
-        if value != expected:
-            raise ValueError(f"{name} must be {expected!r}; got {value!r}")
-    (size, _), (dilation, _) = conv.kernel_size, conv.dilation
-    replacement = ours.DepthwiseConv2d(
-        conv.in_channels, conv.out_channels, size, dilation=dilation, bias=conv.bias is not None
-    )
-    if conv.padding not in (replacement.padding, "same"):
-        raise ValueError(f"padding must be {replacement.padding}, which keeps the size; got {conv.padding}")
+    _require("stride", conv.stride, (1, 1))
+    bias = conv.bias is not None
+    if pointwise:
+        replacement = ours.PointwiseConv2d(conv.in_channels, conv.out_channels, bias)
+    else:
+        (size, _), (dilation, _) = conv.kernel_size, conv.dilation
+        _require("kernel_size", conv.kernel_size, (size, size))
+        _require("dilation", conv.dilation, (dilation, dilation))
+        replacement = ours.DepthwiseConv2d(
+            conv.in_channels, conv.out_channels, size, dilation=dilation, bias=bias
+        )
+    if replacement.padding != (0, 0):
+        _require("padding_mode", conv.padding_mode, "zeros")
+    elif conv.padding == "valid":
+        return (replacement,)
+    if conv.padding != "same":
+        _require("padding", conv.padding, replacement.padding)
     return (replacement,)
+
+
+def _require(name: str, value: object, expected: object) -> None:
+    if value != expected:
+        raise ValueError(f"{name} must be {expected!r}; got {value!r}")
 
 
 def _channel_norm(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Sequence[nn.Module]:
