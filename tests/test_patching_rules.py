@@ -27,6 +27,7 @@ from restore_kernels.nn import (
     PointwiseConv2d,
     PyramidAttention,
 )
+from restore_kernels.patching import swapping
 
 
 def depthwise(*sizes: int, **options: Any) -> nn.Conv2d:
@@ -241,7 +242,7 @@ def test_norms_are_swapped(module):
     ("module", "reason"),
     [
         (WithBiasLayerNorm(8), "RuntimeError: The size of tensor"),
-        (WithBiasLayerNorm(10), "its output differs by"),
+        (WithBiasLayerNorm(6), "its output differs by"),
         (BiasFreeLayerNorm(8), "RuntimeError: The size of tensor"),
         (OtherEpsilon(), "its .* differs by"),
         (ScaledGradient(), "its gradient of input 0 differs by .* in training mode"),
@@ -259,6 +260,42 @@ def test_norms_that_are_refused(module, reason):
     assert not patched.replaced and type(module) is before
     with pytest.raises(ValueError, match=reason):
         raise ValueError(patched.skipped[0].reason)
+
+
+class Offset(UnnamedEpsilon):
+    """Replaced as if it had no offset; what that is shows in a setting, or in a buffer."""
+
+    dim = 8
+
+    def __init__(self, setting: float, buffer: float) -> None:
+        super().__init__()
+        self.setting = setting
+        self.register_buffer("buffer", torch.full((8, 1, 1), buffer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.setting + self.buffer
+
+    def restore_kernels_swap(self) -> nn.Module:
+        return WithoutOffset(self.setting, 0.0)
+
+
+class WithoutOffset(Offset):
+    def forward(self, x: Tensor) -> Tensor:
+        return channel_norm(x, self.weight, self.bias, eps=self.epsilon)
+
+
+def test_modules_that_are_not_alike_are_tried_one_by_one():
+    model = nn.Sequential(*(Offset(*offsets) for offsets in ((0, 0), (1, 0), (0, 1), (0, 0))))
+    assert [x.name for x in patch(model).replaced] == ["0", "3"]
+
+
+def test_modules_that_are_alike_are_tried_once(monkeypatch):
+    tried, try_out = [], swapping.try_out
+    monkeypatch.setattr(swapping, "try_out", lambda *pair: tried.append(pair) or try_out(*pair))
+    norms = [randomised(LayerNorm2d(8, eps)) for eps in (1e-5, 1e-6, 1e-5)]
+    model = nn.Sequential(*norms, depthwise(), depthwise(), depthwise().bfloat16())
+    assert len(patch(model).replaced) == 6
+    assert len(tried) == 3
 
 
 def test_a_part_that_is_used_elsewhere_is_left_alone():

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from restore_kernels.patching.rules import Rule, propose
-from restore_kernels.patching.swapping import Refused, Swap, check, graft
+from restore_kernels.patching.swapping import Refused, Swap, Trials, graft
 
 NAMES_SHOWN = 3  # of each kind, in print
 
@@ -132,11 +132,11 @@ def patch(model: nn.Module, rules: Mapping[type[nn.Module], Rule | None] | None 
     patched = Patched()
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
-    registered = Counter(_children(model))
+    registered, trials = Counter(_children(model)), Trials()
     for name, module in modules.items():
         try:
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-                replacement = _replacement(module, rules or {}, registered)
+                replacement = _replacement(module, rules or {}, registered, trials)
         except Refused as refused:
             patched.skipped.append(Skipped(name, type(module), str(refused)))
             continue
@@ -149,7 +149,7 @@ def patch(model: nn.Module, rules: Mapping[type[nn.Module], Rule | None] | None 
 
 
 def _replacement(
-    module: nn.Module, rules: Mapping[type[nn.Module], Rule | None], registered: Counter[int]
+    module: nn.Module, rules: Mapping[type[nn.Module], Rule | None], registered: Counter[int], trials: Trials
 ) -> nn.Module | None:
     """The first proposal that computes what the module does, or None if there is no proposal.
 
@@ -159,7 +159,7 @@ def _replacement(
     refusals = []
     for proposal in propose(module, rules):
         try:
-            check(module, proposal)
+            trials.check(module, proposal)
             _check_parts(module, proposal, registered)
             return proposal
         except Refused as refused:
