@@ -38,6 +38,8 @@ def _check_heads(dim: int, heads: int) -> None:
 
 
 def _check_image(name: str, x: Tensor, dim: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
     if x.dim() != 4 or x.shape[1] != dim:
         raise ValueError(f"{name} must have shape (B, {dim}, H, W); got {tuple(x.shape)}")
 
@@ -120,7 +122,7 @@ class DepthwiseConv2d(nn.Conv2d):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() == 3:  # unbatched, which nn.Conv2d takes too
+        if isinstance(input, Tensor) and input.dim() == 3:  # which nn.Conv2d takes too
             return self.forward(input[None])[0]
         return depthwise_conv2d(
             input, self.weight, self.bias, dilation=self.dilation[0], activation=self.activation
@@ -141,7 +143,7 @@ class PointwiseConv2d(nn.Conv2d):
     (B, out_channels, H, W). An image without B gives one without.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
         if in_channels < 1 or out_channels < 1:
             raise ValueError(
                 "in_channels and out_channels must be at least 1; "
@@ -158,7 +160,7 @@ class PointwiseConv2d(nn.Conv2d):
 class _ProjectedAttention(nn.Module):
     """q, k and v of an image by a 1x1 and a depthwise 3x3 convolution; a 1x1 output projection."""
 
-    def __init__(self, dim: int, heads: int, bias: bool) -> None:
+    def __init__(self, dim: int, heads: int, bias: bool = False) -> None:
         super().__init__()
         _check_heads(dim, heads)
         self.dim, self.heads = dim, heads

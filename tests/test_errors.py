@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from restore_kernels import explain, masked_attention, pyramid_attention, topk_attention
-from restore_kernels.nn import DynamicDualAttention, MultiInputAttention, TopKSparseAttention
+from restore_kernels.nn import (
+    ChannelNorm,
+    DepthwiseConv2d,
+    DynamicDualAttention,
+    MultiDconvAttention,
+    MultiInputAttention,
+    PyramidAttention,
+    TopKSparseAttention,
+)
 
 
 def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -238,3 +246,15 @@ def test_multi_input_attention(bad, message):
     module(**good)
     with pytest.raises(ValueError, match=message):
         module(**{**good, **bad})
+
+
+MODULES_OF_IMAGES = [
+    ChannelNorm(4), MultiDconvAttention(4, 2), TopKSparseAttention(4, 2), DynamicDualAttention(4, 2),
+    PyramidAttention(4), DepthwiseConv2d(4, 4, 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", MODULES_OF_IMAGES, ids=lambda module: type(module).__name__)
+def test_modules_take_tensors(module):
+    with pytest.raises(TypeError, match=r"^x must be a tensor; got list$"):
+        module([1.0])

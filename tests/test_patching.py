@@ -77,6 +77,8 @@ def as_near(got: list[Tensor], own: list[Tensor], exact: list[Tensor]) -> None:
 def test_what_is_replaced(model):
     patched = patch(model)
     assert {x.name: x.new for x in patched.replaced} == REPLACED
+    order = [name for name, _ in model.named_modules() if name in REPLACED]
+    assert [x.name for x in patched.replaced] == order
     for name, module_class in REPLACED.items():
         assert type(model.get_submodule(name)) is module_class
     (skipped,) = patched.skipped
@@ -309,6 +311,12 @@ def test_print(model):
     first = "blocks.0.attn.qkv_dwconv, blocks.0.ffn.dwconv, blocks.1.attn.qkv_dwconv, ..."
     assert f"     5  Conv2d -> DepthwiseConv2d  ({first})" in lines
     assert lines[-2:] == ["skipped: 1", "     1  Conv2d: stride must be (1, 1); got (2, 2)  (down)"]
+
+
+@pytest.mark.parametrize("rules", [{"Conv2d": None}, {nn.Conv2d: 3}])
+def test_only_rules(rules):
+    with pytest.raises(TypeError, match="rules must map classes to functions or None; got"):
+        patch(nn.Conv2d(4, 4, 1), rules)
 
 
 def test_only_modules():

@@ -125,10 +125,13 @@ def patch(model: nn.Module, rules: Mapping[type[nn.Module], Rule | None] | None 
         What was replaced, what was not and why; ``.undo()`` or the end of a ``with`` block takes it back.
 
     Raises:
-        TypeError: if model, or what a rule returns, is not a module.
+        TypeError: if model, or what a rule returns, is not a module; if rules are not functions by classes.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    for module_class, rule in (rules := dict(rules or {})).items():
+        if not isinstance(module_class, type) or not (rule is None or callable(rule)):
+            raise TypeError(f"rules must map classes to functions or None; got {module_class!r}: {rule!r}")
     patched = Patched()
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
@@ -136,7 +139,7 @@ def patch(model: nn.Module, rules: Mapping[type[nn.Module], Rule | None] | None 
     for name, module in modules.items():
         try:
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-                replacement = _replacement(module, rules or {}, registered, trials)
+                replacement = _replacement(module, rules, registered, trials)
         except Refused as refused:
             patched.skipped.append(Skipped(name, type(module), str(refused)))
             continue
@@ -145,6 +148,8 @@ def patch(model: nn.Module, rules: Mapping[type[nn.Module], Rule | None] | None 
         for swap in graft(module, replacement):
             patched.replaced.append(Replaced(names[id(swap.module)], swap.old, swap.new))
             patched._swaps.append(swap)
+    order = {name: position for position, name in enumerate(modules)}
+    patched.replaced.sort(key=lambda swapped: order[swapped.name])
     return patched
 
 

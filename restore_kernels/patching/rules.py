@@ -64,7 +64,7 @@ def _convolution(conv: nn.Conv2d) -> Sequence[nn.Module]:
     _require("stride", conv.stride, (1, 1))
     bias = conv.bias is not None
     if pointwise:
-        replacement = ours.PointwiseConv2d(conv.in_channels, conv.out_channels, bias)
+        replacement = ours.PointwiseConv2d(conv.in_channels, conv.out_channels, bias=bias)
     else:
         (size, _), (dilation, _) = conv.kernel_size, conv.dilation
         _require("kernel_size", conv.kernel_size, (size, size))

@@ -1,0 +1,53 @@
+"""What the README shows of the operators and modules runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from patching_models import Restorer
+from torch import Tensor, nn
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+OTHER = (
+    "create_model",
+    "train_one_epoch",
+)  # of networks, which have their own tests, and of one's own script
+
+
+class TheirNorm(nn.Module):
+    """With other names."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, 1e-6
+        self.gamma, self.beta = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.layer_norm(x.movedim(1, -1), (self.dim,), self.gamma, self.beta, self.eps)
+        return x.movedim(-1, 1)
+
+
+def given() -> dict[str, Any]:
+    """What the examples take for granted."""
+    image = torch.randn(1, 8, 9, 10)
+    q = torch.randn(1, 1, 48, 16)
+    return {
+        "q": q, "k": q.clone(), "v": q.clone(), "w": torch.ones(4), "t": torch.ones(1, 1, 1),
+        "mask": torch.rand(16), "query": image, "keys": [image], "values": [image], "x": image,
+        "weight": torch.ones(8, 1, 3, 3), "bias": None, "y": image, "weight_of_both": torch.ones(4, 16, 1, 1),
+        "gamma": torch.ones(8), "beta": torch.zeros(8),
+        "model": nn.Sequential(Restorer(), TheirNorm(3)), "TheirNorm": TheirNorm,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("example", [x for x in EXAMPLES if not any(word in x for word in OTHER)])
+def test_examples_run(example):
+    names = given()
+    exec("import restore_kernels\n" + example, names)
+    if "TheirNorm" in example:
+        assert type(names["model"][1]) is names["FastNorm"]
