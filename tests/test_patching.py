@@ -228,6 +228,28 @@ def test_a_compiled_model_is_patched_inside(model):
     assert convolutions[1] < convolutions[0]  # compiled anew
 
 
+def test_modules_compiled_in_place(model):
+    torch.compiler.reset()
+    for block in model.blocks:
+        block.attn.compile(backend="aot_eager", fullgraph=True)
+    expected = model(images())
+    assert {x.name for x in patch(model).replaced} == set(REPLACED)
+    torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        torch.inference_mode, torch.no_grad, lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu", torch.bfloat16), lambda: use_backend("triton", "cuda"),
+    ],
+)  # fmt: skip
+def test_the_caller_s_modes_do_not_matter(model, mode):
+    with mode():
+        assert {x.name for x in patch(model).replaced} == set(REPLACED)
+    assert all(x.device.type == "cpu" for x in model.parameters())
+
+
 def test_a_model_within_data_parallelism(model, tmp_path):
     """Patched after it was wrapped: its gradients still reach the reducer's hooks."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)

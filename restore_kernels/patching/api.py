@@ -109,9 +109,10 @@ def patch(model: nn.Module, rules: Mapping[type[nn.Module], Rule | None] | None 
     compared on small random images with random parameters, in training and in evaluation mode, in float64
     on the CPU, on copies; neither the model nor the state of random numbers is touched.
 
-    While swapped, a module's own methods are those of its replacement, and it has no second derivative but
-    with ``backend="eager"``. Hooks run as before; those registered later on ``project_out`` of an attention
-    do not, for the replacement computes that product itself. Undo before ``torch.jit`` or ONNX export.
+    While swapped, a module's class and methods are those of its replacement, which counts where optimizers or
+    initialisers tell modules by ``isinstance``, and it has no second derivative but with ``backend="eager"``.
+    Hooks run as before; those registered later on ``project_out`` of an attention do not, for the replacement
+    computes that product itself. Undo before ``torch.jit`` or ONNX export.
 
     Args:
         model: any module; what DDP or ``torch.compile`` has wrapped is found inside.

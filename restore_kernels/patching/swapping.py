@@ -27,8 +27,8 @@ IMAGE = (2, 5, 6)  # batch, height, width
 # Modes, and the size of the images in each; the square of the small one is of the order of an epsilon.
 TRIALS = {"training": 1.0, "evaluation": 3e-3}
 
-# What every module has; everything else in its namespace is its own settings.
-_STATE = vars(nn.Module()).keys()
+# What every module has, or module.compile() gives it; everything else in its namespace is its own settings.
+_STATE = vars(nn.Module()).keys() | {"_compiled_call_impl"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STATE_DICT_METHODS = ("_save_to_state_dict", "_load_from_state_dict", "get_extra_state", "set_extra_state")
 
