@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST_IMAGES = 8  # that an operator joins
 
 
 def autocast(q: Any, *others: Any) -> tuple[Any, ...]:
@@ -39,6 +40,23 @@ def floating_tensor(name: str, x: Any, dims: Sequence[str]) -> None:
         raise ValueError(f"{name} must have shape ({', '.join(dims)}); got {tuple(x.shape)}")
     if any(size == 0 for dim, size in zip(dims, x.shape, strict=True) if dim != "B"):
         raise ValueError(f"{name} must have no empty dimension but the batch; got {tuple(x.shape)}")
+
+
+def as_images(x: Any) -> tuple[Any, ...]:
+    """An image, or several to be joined along channels, as several."""
+    return tuple(x) if isinstance(x, (list, tuple)) else (x,)
+
+
+def joined_images(name: str, images: Sequence[Any]) -> int:
+    """1 to MOST_IMAGES images (B, C_i, H, W) that differ in C_i alone; returns their channels together."""
+    if not 1 <= len(images) <= MOST_IMAGES:
+        raise ValueError(f"{name} must be 1 to {MOST_IMAGES} images; got {len(images)}")
+    for i, image in enumerate(images):
+        own = name if len(images) == 1 else f"{name}[{i}]"
+        floating_tensor(own, image, ("B", "C", "H", "W"))
+        batch, _, *size = images[0].shape
+        like(own, image, images[0], (batch, image.shape[1], *size), f"{name}[0]")
+    return sum(image.shape[1] for image in images)
 
 
 def like(name: str, x: Any, q: Tensor, shape: tuple[int, ...], q_name: str = "q") -> None:

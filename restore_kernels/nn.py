@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from restore_kernels.channel_norm import channel_norm
 from restore_kernels.depthwise_conv import depthwise_conv2d
-from restore_kernels.depthwise_conv.api import ACTIVATIONS, DILATIONS, INPUTS, SIZES
+from restore_kernels.depthwise_conv.api import ACTIVATIONS, DILATIONS, INPUTS, SIZES, activation_names
 from restore_kernels.masked_attention import masked_attention
 from restore_kernels.pointwise_conv import pointwise_conv2d
 from restore_kernels.pyramid_attention import pyramid_attention
@@ -95,9 +95,14 @@ class DepthwiseConv2d(nn.Conv2d):
         kernel_size: 1, 3, 5 or 7.
         dilation: 1 or 2, of the taps.
         bias: whether there is one.
-        activation: None or ``"relu"``, applied to the result.
+        activation: None, ``"relu"``, ``"gelu"`` or ``"prelu"``, applied to the result. The slope of the last
+            belongs to whoever calls the module, so that it can keep its place in published checkpoints.
 
-    Shape: (B, in_channels, H, W) -> (B, out_channels, H, W), or both without B.
+    Called with one image or several that count as concatenated along channels, and optionally with a gate
+    that multiplies the activated result and with the slope, (1) or (out_channels), of ``"prelu"``.
+
+    Shape: (B, in_channels, H, W), and gate (B, out_channels, H, W) -> (B, out_channels, H, W), or all
+    without B.
     """
 
     def __init__(
@@ -114,19 +119,22 @@ class DepthwiseConv2d(nn.Conv2d):
         if dilation not in DILATIONS:
             raise ValueError(f"dilation must be 1 or 2; got {dilation!r}")
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be None or 'relu'; got {activation!r}")
+            raise ValueError(f"activation must be {activation_names()}; got {activation!r}")
         super().__init__(
             in_channels, out_channels, kernel_size, padding=dilation * (kernel_size // 2),
             dilation=dilation, groups=out_channels, bias=bias,
         )  # fmt: skip
         self.activation = activation
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(
+        self, input: Tensor | Sequence[Tensor], gate: Tensor | None = None, slope: Tensor | None = None
+    ) -> Tensor:
         if isinstance(input, Tensor) and input.dim() == 3:  # which nn.Conv2d takes too
-            return self.forward(input[None])[0]
+            return self.forward(input[None], None if gate is None else gate[None], slope)[0]
         return depthwise_conv2d(
-            input, self.weight, self.bias, dilation=self.dilation[0], activation=self.activation
-        )
+            input, self.weight, self.bias, dilation=self.dilation[0], activation=self.activation, slope=slope,
+            gate=gate,
+        )  # fmt: skip
 
 
 class PointwiseConv2d(nn.Conv2d):

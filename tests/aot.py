@@ -149,16 +149,23 @@ def _channel_norm(dtype: torch.dtype, channels: int, biased: bool, pixel_major: 
 
 
 def _depthwise(
-    dtype: torch.dtype, size: int, inputs: int = 1, dilation: int = 1, relu: bool = False, last: bool = False
-) -> None:
+    dtype: torch.dtype, size: int, inputs: int = 1, dilation: int = 1, activation: str | None = None,
+    gated: bool = False, last: bool = False,
+) -> None:  # fmt: skip
     from restore_kernels.depthwise_conv import triton_launch as launchers
 
-    channels = 254
+    channels = 127 if gated else 254
     layout = torch.channels_last if last else torch.contiguous_format
     x = _empty((2, channels * inputs, 128, 128), dtype).to(memory_format=layout)
     weight, bias = _empty((channels, inputs, size, size), dtype), _empty((channels,), dtype)
-    out = launchers.depthwise_conv(x, weight, bias, dilation, relu)
-    launchers.depthwise_conv_backward(out, x, weight, out if relu else None, dilation)
+    # Halves of an odd number of channels: groups of two inputs straddle them.
+    images = x.tensor_split(inputs, dim=1) if gated else [x]
+    slope = bias[:1] if activation == "prelu" else None
+    call = (images, weight, bias, slope, x[:, :channels] if gated else None)
+    out = launchers.depthwise_conv(*call, dilation, activation)
+    kept = out if activation == "relu" and not gated else None
+    wanted = [True] * (len(images) + 1) + [gated]
+    launchers.depthwise_conv_backward(out, *call, kept, dilation, activation, wanted)
 
 
 CASES: dict[str, Callable[[torch.dtype], None]] = {
@@ -183,9 +190,16 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "pyramid 1x1 Cq=5 Cv=3": lambda dtype: _pyramid(dtype, 1, 5, 3),
     "depthwise 3x3": lambda dtype: _depthwise(dtype, 3),
     "depthwise 3x3 channels_last": lambda dtype: _depthwise(dtype, 3, last=True),
-    "depthwise 5x5 paired relu": lambda dtype: _depthwise(dtype, 5, inputs=2, relu=True),
-    "depthwise 5x5 relu channels_last": lambda dtype: _depthwise(dtype, 5, relu=True, last=True),
+    "depthwise 5x5 paired relu": lambda dtype: _depthwise(dtype, 5, inputs=2, activation="relu"),
+    "depthwise 5x5 relu channels_last": lambda dtype: _depthwise(dtype, 5, activation="relu", last=True),
     "depthwise 7x7 dilated": lambda dtype: _depthwise(dtype, 7, dilation=2),
+    "depthwise 3x3 prelu gated": lambda dtype: _depthwise(dtype, 3, activation="prelu", gated=True),
+    "depthwise 3x3 gelu gated channels_last": lambda dtype: _depthwise(
+        dtype, 3, activation="gelu", gated=True, last=True
+    ),
+    "depthwise 5x5 paired gelu gated": lambda dtype: _depthwise(
+        dtype, 5, inputs=2, activation="gelu", gated=True
+    ),
 }
 
 

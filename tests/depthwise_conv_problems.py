@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any
 
 import conformance
 import pytest
@@ -30,8 +31,11 @@ class Case:
         image: (B, C_out, H, W) of the result.
         size: of the kernel.
         inputs: channels of x for every one of the result.
+        images: that x is made of; the channels of each, or None for one image.
+        slopes: how many "prelu" has, 1 or C_out.
         arrangements: of x and of the output gradient, names of ``arrangements.IMAGE_ARRANGEMENTS``;
-            "one_value" has stride 0 everywhere, as from sum().
+            "one_value" has stride 0 everywhere, as from sum(). Of several images every other one lies as the
+            gradient does, and so does the gate.
     """
 
     image: tuple[int, int, int, int]
@@ -39,15 +43,20 @@ class Case:
     _: KW_ONLY
     dilation: int = 1
     inputs: int = 1
+    images: tuple[int, ...] | None = None
     bias: bool = False
     activation: str | None = None
+    slopes: int = 1
+    gate: bool = False
     dtype: torch.dtype = torch.float32
     arrangements: tuple[str, str] = ("contiguous", "contiguous")
 
     def __str__(self) -> str:
         parts = ["x".join(map(str, self.image)), f"{self.size}x{self.size}", str(self.dtype)[6:]]
         parts += ["dilated"] * (self.dilation - 1) + ["paired"] * (self.inputs - 1) + ["bias"] * self.bias
+        parts += [] if self.images is None else ["from" + "+".join(map(str, self.images))]
         parts += [] if self.activation is None else [self.activation]
+        parts += [f"{self.slopes}slopes"] * (self.activation == "prelu") + ["gated"] * self.gate
         names = list(dict.fromkeys(self.arrangements))
         return "-".join(parts + (["+".join(names)] if names != ["contiguous"] else []))
 
@@ -64,34 +73,63 @@ def each(
     return each_of(cases, backends, interpreted)
 
 
+def operator(*, weight: Tensor, **others: Any) -> Tensor:
+    """The operator with one argument per image: ``x``, or ``x[0]``, ``x[1]``, ..."""
+    images = [others.pop(name) for name in list(others) if name.startswith("x[")] or others.pop("x")
+    return depthwise_conv2d(images, weight, **others)
+
+
 def build(case: Case) -> Problem:
     """The case with random numbers in it."""
     randn = drawing(seed=0)
     batch, channels, height, width = case.image
 
-    def placed(values: Tensor, name: str) -> Tensor:
-        return arrange(values.to(conformance.DEVICE, case.dtype), name)
+    def plain(*shape: int) -> Tensor:
+        return randn(*shape).to(conformance.DEVICE, case.dtype)
 
-    tensors = {
-        "x": placed(randn(batch, channels * case.inputs, height, width), case.arrangements[0]),
-        "weight": randn(channels, case.inputs, case.size, case.size).to(conformance.DEVICE, case.dtype),
-    }
-    if case.bias:
-        tensors["bias"] = randn(channels).to(conformance.DEVICE, case.dtype)
-    if case.arrangements[1] == "one_value":
-        grad_out = randn(1).to(conformance.DEVICE, case.dtype).expand(case.image)
+    def image(channels: int, name: str) -> Tensor:
+        if name == "one_value":
+            return plain(1).expand(batch, channels, height, width)
+        return arrange(plain(batch, channels, height, width), name)
+
+    if case.images is None:
+        tensors = {"x": image(channels * case.inputs, case.arrangements[0])}
     else:
-        grad_out = placed(randn(*case.image), case.arrangements[1])
+        assert sum(case.images) == channels * case.inputs
+        tensors = {f"x[{i}]": image(c, case.arrangements[i % 2]) for i, c in enumerate(case.images)}
+    tensors["weight"] = plain(channels, case.inputs, case.size, case.size)
+    if case.bias:
+        tensors["bias"] = plain(channels)
+    if case.activation == "prelu":
+        tensors["slope"] = plain(case.slopes)
+    if case.gate:
+        tensors["gate"] = image(channels, case.arrangements[1])
+    grad_out = image(channels, case.arrangements[1])
     options = {"dilation": case.dilation, "activation": case.activation}
-    problem = Problem(depthwise_conv2d, tensors, options, grad_out, {})
+    problem = Problem(operator, tensors, options, grad_out, {})
     return replace(problem, magnitudes=sizes_of_terms(problem))
 
 
+def arguments(problem: Problem) -> tuple[Any, ...]:
+    """The call as the operators take it: x, weight, bias, slope, gate, dilation, activation."""
+    tensors = problem.tensors
+    x = [tensor for name, tensor in tensors.items() if name.startswith("x")]
+    small = (tensors.get(name) for name in ("weight", "bias", "slope", "gate"))
+    return x, *small, problem.options["dilation"], problem.options["activation"]
+
+
 def sizes_of_terms(problem: Problem) -> Tensors:
-    """The convolution and its gradients of absolute values."""
-    names = list(problem.tensors)
-    sizes = [x.detach().double().abs().requires_grad_() for x in problem.tensors.values()]
-    x, weight, bias = (*sizes, None)[:3]
-    out = reference.depthwise_conv(x, weight, bias, problem.options["dilation"], False)  # type: ignore[arg-type]
-    grads = torch.autograd.grad(out, sizes, problem.grad_out.double().abs())
+    """The same of absolute values, with 2 for the derivative of an activation, none of which is larger.
+
+    A slope adds to that, and what it multiplies is a sum.
+    """
+    absolute = {name: x.detach().double().abs().requires_grad_() for name, x in problem.tensors.items()}
+    slope, names = absolute.get("slope"), list(absolute)
+    sizes = replace(problem, tensors={name: x for name, x in absolute.items() if name != "slope"})
+    x, weight, bias, _, gate, dilation, activation = arguments(sizes)
+    out = reference.depthwise_conv(x, weight, bias, None, None, dilation, None)
+    if activation is not None:
+        out = out * (2 if slope is None else 1 + slope[:, None, None])
+    out = out if gate is None else out * gate
+    grads = torch.autograd.grad(out, [absolute[name] for name in names], problem.grad_out.double().abs())
     return {"out": out.detach(), **{f"grad_{name}": g for name, g in zip(names, grads, strict=True)}}

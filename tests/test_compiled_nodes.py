@@ -95,11 +95,26 @@ def pointwise_conv_per_image(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
     ), [normal(*shape, dtype=dtype) for shape in shapes]  # fmt: skip
 
 
+def depthwise_gated(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
+    shapes = (2, 1, 7, 5), (2, 5, 7, 5), (3, 2, 3, 3), (3,), (1,), (2, 3, 7, 5)
+    return lambda a, b, w, bias, slope, gate: restore_kernels.depthwise_conv2d(
+        (a, b), w, bias, activation="prelu", slope=slope, gate=gate, backend="cpu"
+    ), [normal(*shape, dtype=dtype) for shape in shapes]  # fmt: skip
+
+
+def depthwise_rectified(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
+    shapes = (2, 6, 7, 5), (6, 1, 3, 3), (6,)
+    return lambda x, w, bias: restore_kernels.depthwise_conv2d(
+        x, w, bias, activation="relu", backend="cpu"
+    ), [normal(*shape, dtype=dtype) for shape in shapes]  # fmt: skip
+
+
 CASES = [
     topk_channel, topk_channel_projected, topk_token,
     masked_channel, masked_channel_projected, masked_token,
     norm_with_bias, norm_without_bias,
     pointwise_conv, pointwise_conv_per_image,
+    depthwise_gated, depthwise_rectified,
 ]  # fmt: skip
 
 
@@ -114,7 +129,13 @@ def test_equal_the_functions(case, dtype, monkeypatch):
     call, tensors = case(dtype)
     compiled = results(call, tensors)
     assert "CppNode" in type(call(*tensors).grad_fn).__name__ or "CppNode" in call(*tensors).grad_fn.name()
-    for operator in ("topk_attention", "masked_attention", "channel_norm", "pointwise_conv"):
+    for operator in (
+        "topk_attention",
+        "masked_attention",
+        "channel_norm",
+        "depthwise_conv",
+        "pointwise_conv",
+    ):
         autograd = importlib.import_module(f"restore_kernels.{operator}.autograd")
         monkeypatch.setattr(autograd, "compiled_functions", lambda backend: None)
     in_python = results(call, tensors)

@@ -22,7 +22,7 @@ from conformance import (
     check_runs,
     evaluate,
 )
-from depthwise_conv_problems import BACKENDS, EXPLANATION, FUSED, Case, build, each
+from depthwise_conv_problems import BACKENDS, EXPLANATION, FUSED, Case, arguments, build, each, operator
 from torch import Tensor
 
 from restore_kernels import depthwise_conv2d
@@ -31,6 +31,7 @@ from restore_kernels.depthwise_conv.ops import overload
 # Sizes that are and are not multiples of vectors, of the rows computed together, of bands.
 IMAGES = ((1, 1), (1, 40), (3, 2), (8, 16), (9, 17), (16, 33), (67, 5), (70, 31), (5, 131))
 CHANNELS = (1, 2, 16, 19, 34)
+ACTIVATIONS = (None, "relu", "gelu", "prelu")
 KERNELS = ((1, 1), (3, 1), (5, 1), (7, 1), (1, 2), (3, 2), (5, 2), (7, 2))  # size, dilation
 
 
@@ -56,11 +57,44 @@ def memory_layouts() -> Iterable[Case]:
                 )  # fmt: skip
 
 
+def activations_and_gates() -> Iterable[Case]:
+    for i, (activation, gate) in enumerate(product(ACTIVATIONS, (False, True))):
+        for j, dtype in enumerate(ALL_DTYPES):
+            layouts = (
+                turn(("contiguous", "channels_last", "crop"), i, j),
+                turn(("contiguous", "channels_last"), j),
+            )
+            yield Case(
+                (2, 19, 9, 37), turn((3, 5, 7, 1), i // 2, j), dilation=turn((1, 2), j),
+                inputs=turn((1, 2), i, j), bias=(i + j) % 3 > 0, activation=activation,
+                slopes=turn((1, 19), j), gate=gate, dtype=dtype, arrangements=layouts,
+            )  # fmt: skip
+    for activation in ACTIVATIONS:  # small enough for an interpreter
+        yield Case((1, 2, 5, 4), bias=True, activation=activation, slopes=2, gate=True)
+
+
+def several_images() -> Iterable[Case]:
+    """Groups that straddle two images, images within one block of channels, more blocks than one."""
+    splits = ((3, 1), (1, 2, 1), (1,) * 8, (17, 3), (31, 33), (5, 38, 21), (127, 127))
+    for i, (images, inputs) in enumerate(product(splits, (1, 2))):
+        for j, dtype in enumerate(float32_and_another(i)):
+            layouts = (
+                turn(("contiguous", "channels_last", "crop"), i, j),
+                turn(("contiguous", "channels_last"), i),
+            )
+            yield Case(
+                (2, sum(images) // inputs, 6, 21), turn((3, 5), i // 2), inputs=inputs, images=images,
+                activation=turn(ACTIVATIONS, i, j), gate=i % 3 == 0, dtype=dtype, arrangements=layouts,
+            )  # fmt: skip
+
+
 def basic(dtypes: Iterable[torch.dtype] = ALL_DTYPES) -> Iterable[Case]:
     for dtype in dtypes:
         yield Case((2, 3, 6, 7), dtype=dtype, bias=True)
         yield Case((1, 2, 6, 7), 5, dtype=dtype, inputs=2, activation="relu")
         yield Case((1, 4, 9, 5), 3, dtype=dtype, dilation=2, arrangements=("channels_last", "contiguous"))
+        yield Case((1, 3, 5, 4), 3, dtype=dtype, inputs=2, images=(3, 3), activation="gelu", gate=True)
+        yield Case((1, 3, 4, 5), 3, dtype=dtype, bias=True, activation="prelu", slopes=3, gate=True)
 
 
 LARGE = Case((2, 40, 70, 130), 3, bias=True, activation="relu")  # results that are streamed past the caches
@@ -84,7 +118,23 @@ def test_memory_layouts(backend, case):
     assert_conforms(build(case), backend)
 
 
-@each([LARGE, replace(LARGE, image=(2, 40, 70, 128)), replace(LARGE, arrangements=("channels_last",) * 2)])
+@each(activations_and_gates(), interpreted=4)
+def test_activations_and_gates(backend, case):
+    assert_conforms(build(case), backend)
+
+
+@each(several_images(), interpreted=3)
+def test_several_images(backend, case):
+    assert_conforms(build(case), backend)
+
+
+GATED = replace(LARGE, image=(2, 40, 70, 128), activation="prelu", gate=True)
+
+
+@each([
+    LARGE, replace(LARGE, image=(2, 40, 70, 128)), replace(LARGE, arrangements=("channels_last",) * 2), GATED,
+    replace(GATED, inputs=2, images=(41, 39)), replace(GATED, arrangements=("contiguous", "channels_last")),
+])  # fmt: skip
 def test_large_images(backend, case):
     assert_conforms(build(case), backend)
 
@@ -94,7 +144,7 @@ def test_every_element_is_written(backend, case):
     assert_every_element_is_written(build(case), backend)
 
 
-@each([*basic(ALL_DTYPES[1:3]), replace(LARGE, image=(2, 20, 130, 40))], FUSED, interpreted=2)
+@each([*basic(ALL_DTYPES[1:3]), replace(LARGE, image=(2, 20, 130, 40)), GATED], FUSED, interpreted=2)
 def test_results_are_bitwise_reproducible(backend, case):
     assert_reproducible(build(case), backend)
 
@@ -145,8 +195,7 @@ def test_gradcheck(backend, case):
     names, tensors = list(problem.tensors), [x.requires_grad_() for x in problem.tensors.values()]
 
     def call(*args: Tensor) -> Tensor:
-        given = dict(zip(names, args, strict=True))
-        return depthwise_conv2d(**given, **problem.options, backend=backend)
+        return operator(**dict(zip(names, args, strict=True)), **problem.options, backend=backend)
 
     assert torch.autograd.gradcheck(call, tensors)
     if backend == "eager" and case.activation is None:
@@ -160,11 +209,11 @@ def test_operators_are_registered_correctly(backend, case):
     utils = ("test_schema", "test_faketensor")
     if backend not in INTERPRETED:  # which calls the operator many times more
         utils += ("test_aot_dispatch_dynamic",)
-    x, weight, bias = (*problem.tensors.values(), None)[:3]
     forward, backward = overload("depthwise_conv", backend), overload("depthwise_conv_backward", backend)
-    args = (x, weight, bias, case.dilation, case.activation == "relu")
+    args = arguments(problem)
     torch.library.opcheck(forward, args, test_utils=utils)
-    out = forward(*args) if case.activation else None
-    torch.library.opcheck(
-        backward, (problem.grad_out, x, weight, out, case.dilation), test_utils=utils
-    )  # fmt: skip
+    *tensors, dilation, activation = args
+    out = forward(*args) if activation == "relu" and not case.gate else None
+    for wanted in ([True] * (len(args[0]) + 1) + [case.gate], [False] * (len(args[0]) + 2)):
+        given = (problem.grad_out, *tensors, out, dilation, activation, wanted)
+        torch.library.opcheck(backward, given, test_utils=utils)

@@ -215,30 +215,52 @@ struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
 };
 
 struct DepthwiseConv : torch::autograd::Function<DepthwiseConv> {
-  using Forward = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, bool);
-  using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                                                      int64_t);
+  using Activation = std::optional<std::string_view>;
+  using Forward = Tensor(at::TensorList, const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                         int64_t, Activation);
+  using Backward = std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, at::TensorList, const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+      const OptionalTensor&, int64_t, Activation, const c10::List<bool>&);
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                        int64_t dilation, bool relu) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& slope,
+                        const OptionalTensor& gate, int64_t dilation, const std::optional<std::string>& activation,
+                        at::TensorList x) {
     static const auto op = find<Forward>("restore_kernels::depthwise_conv");
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor out = op.call(x, weight, bias, dilation, relu);
-    ctx->save_for_backward({x, weight, relu ? out : Tensor()});
-    ctx->saved_data["has_bias"] = bias.has_value();
+    const Tensor out = op.call(x, weight, bias, slope, gate, dilation, activation);
+    const bool keeps_out = activation == "relu" && !gate;
+    variable_list saved{weight, defined_if(bias), defined_if(slope), defined_if(gate), keeps_out ? out : Tensor()};
+    saved.insert(saved.end(), x.begin(), x.end());
+    ctx->save_for_backward(std::move(saved));
     ctx->saved_data["dilation"] = dilation;
+    ctx->saved_data["activation"] = activation;
     return out;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grad_out) {
     static const auto op = find<Backward>("restore_kernels::depthwise_conv_backward");
     const auto saved = ctx->get_saved_variables();
-    auto [x, weight, bias] = [&] {
+    const auto weight = saved[0], bias = saved[1], slope = saved[2], gate = saved[3];
+    const at::TensorList x(saved.data() + 5, saved.size() - 5);
+    const auto activation = ctx->saved_data["activation"].toOptional<std::string>();
+    // Tensors count that were given, in the order of forward.
+    size_t edge = 0;
+    const auto next = [&](const Tensor& given) { return given.defined() && ctx->needs_input_grad(edge++); };
+    const bool of_weight = next(weight), of_bias = next(bias), of_slope = next(slope), of_gate = next(gate);
+    c10::List<bool> wanted;
+    for (const Tensor& image : x) wanted.push_back(next(image));
+    wanted.push_back(of_weight || of_bias || of_slope);
+    wanted.push_back(of_gate);
+    auto [grad_x, grad_weight, grad_bias, grad_slope, grad_gate] = [&] {
       at::AutoDispatchBelowADInplaceOrView guard;
-      return op.call(grad_out[0], saved[0], saved[1], optional(saved[2]), ctx->saved_data["dilation"].toInt());
+      return op.call(grad_out[0], x, weight, optional(bias), optional(slope), optional(gate), optional(saved[4]),
+                     ctx->saved_data["dilation"].toInt(), activation, wanted);
     }();
-    return once("depthwise_conv2d",
-                {x, weight, ctx->saved_data["has_bias"].toBool() ? bias : Tensor(), Tensor(), Tensor()});
+    const auto if_wanted = [](bool is_wanted, const Tensor& grad) { return is_wanted ? grad : Tensor(); };
+    variable_list grads{if_wanted(of_weight, grad_weight), if_wanted(of_bias, grad_bias), if_wanted(of_slope, grad_slope),
+                        if_wanted(of_gate, grad_gate), Tensor(), Tensor()};
+    for (size_t i = 0; i < x.size(); ++i) grads.push_back(if_wanted(wanted[i], grad_x[i]));
+    return once("depthwise_conv2d", std::move(grads));
   }
 };
 
@@ -298,8 +320,10 @@ Tensor token_masked(const Tensor& q, const Tensor& k, const Tensor& v, const Opt
 Tensor channel_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps) {
   return ChannelNorm::apply(x, weight, bias, eps);
 }
-Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation, bool relu) {
-  return DepthwiseConv::apply(x, weight, bias, dilation, relu);
+Tensor depthwise_conv(const std::vector<Tensor>& x, const Tensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& slope, const OptionalTensor& gate, int64_t dilation,
+                      const std::optional<std::string>& activation) {
+  return DepthwiseConv::apply(weight, bias, slope, gate, dilation, activation, at::TensorList(x));
 }
 Tensor pointwise_conv(const std::vector<Tensor>& x, const Tensor& weight, const OptionalTensor& bias) {
   return PointwiseConv::apply(at::TensorList(x), weight, bias);

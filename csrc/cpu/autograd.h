@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace restore_kernels {
@@ -20,7 +21,9 @@ Tensor channel_masked(const Tensor& q, const Tensor& k, const Tensor& v, const O
 Tensor token_masked(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
                     const Tensor& temperature, bool normalize);
 Tensor channel_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps);
-Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation, bool relu);
+Tensor depthwise_conv(const std::vector<Tensor>& x, const Tensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& slope, const OptionalTensor& gate, int64_t dilation,
+                      const std::optional<std::string>& activation);
 Tensor pointwise_conv(const std::vector<Tensor>& x, const Tensor& weight, const OptionalTensor& bias);
 
 }  // namespace restore_kernels

@@ -14,7 +14,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "depthwise_planes.h"
+#include "depthwise_activation.h"
+#include "depthwise_sums.h"
 #include "result_memory.h"
 
 namespace restore_kernels {
@@ -34,6 +35,10 @@ Tensor empty_image(const Tensor& x, int64_t channels) {
   return empty_result({batch, channels, height, width}, x.options());
 }
 
+Tensor in_working_type(const Tensor& weight) {
+  return weight.to(weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
+}
+
 // The sum of the rows, in their order.
 Tensor added_up(const Tensor& rows) {
   const Tensor sum = at::zeros({rows.size(1)}, rows.options());
@@ -41,13 +46,51 @@ Tensor added_up(const Tensor& rows) {
   return sum;
 }
 
+// What both passes are given, small tensors in the working type.
+struct Call {
+  at::TensorList x;
+  Tensor weight;
+  OptionalTensor bias, slope, gate;  // slope: one per output channel
+  int64_t dilation;
+  Activation activation;
+
+  Call(at::TensorList x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& slope,
+       const OptionalTensor& gate, int64_t dilation, std::optional<std::string_view> activation)
+      : x(x),
+        weight(in_working_type(weight)),
+        bias(bias ? OptionalTensor(in_working_type(*bias)) : std::nullopt),
+        slope(slope ? OptionalTensor(in_working_type(*slope).expand({weight.size(0)}).contiguous()) : std::nullopt),
+        gate(gate),
+        dilation(dilation),
+        activation(activation_of(activation)) {}
+
+  int64_t taps() const { return weight.size(2) * weight.size(3); }
+  int64_t reach() const { return dilation * (weight.size(2) / 2); }
+  // Whether the sums make the result on their own.
+  bool is_plain() const { return !gate && (activation == Activation::none || activation == Activation::relu); }
+};
+
+// Whether a tensor but the gradient of the result is pixel-major.
+bool any_pixel_major(const Call& c) {
+  return std::any_of(c.x.begin(), c.x.end(), is_pixel_major) || (c.gate && is_pixel_major(*c.gate));
+}
+
+template <typename T>
+T element_or_zero(const OptionalTensor& x, int64_t i) {
+  return x ? x->const_data_ptr<T>()[i] : T(0);
+}
+
 // How a call is divided into tasks: blocks of groups, bands of rows.
 struct Division {
   int64_t batch, groups, inputs, height, width, block, blocks, rows, bands;
 
-  // For `packed` planes per group. Pixel-major images are divided into blocks of channels.
-  Division(const Tensor& x, const Tensor& weight, bool pixel_major, int64_t packed)
-      : batch(x.size(0)), groups(weight.size(0)), inputs(weight.size(1)), height(x.size(2)), width(x.size(3)) {
+  // For `packed` planes per group. Where images are pixel-major, into blocks of channels.
+  Division(const Call& c, bool pixel_major, int64_t packed)
+      : batch(c.x[0].size(0)),
+        groups(c.weight.size(0)),
+        inputs(c.weight.size(1)),
+        height(c.x[0].size(2)),
+        width(c.x[0].size(3)) {
     constexpr int64_t kElements = 128 << 10;  // of all packed planes
     block = pixel_major ? std::min<int64_t>(16, groups) : 1;
     blocks = ceil_div(groups, block);
@@ -77,134 +120,174 @@ struct Division {
   }
 };
 
-// Where the rows of a channel are computed: in the image itself if they lie there as they are computed, else in
-// its plane.
+// The gate of a channel from row y of the image on, where it lies or in its plane.
 template <typename S, typename T>
-Matrix<T> rows_of(const Images<S>& images, const Division::Task& t, int64_t channel, const Planes<T>& planes, int64_t plane) {
-  if constexpr (std::is_same_v<S, T>)
-    if (images.column == 1)
-      return {images.data + t.image * images.image + channel * images.channel + t.y * images.row, images.row};
-  return {planes.at(plane, 0), planes.pitch};
-}
-
-// Whether rows_of such images, a result, are better written past the caches.
-template <typename S>
-bool streams(const Images<S>& images, int64_t elements) {
-  constexpr int64_t kLarge = 2 << 20, kVector = 64;  // bytes
-  const auto aligned = [](int64_t stride) { return stride * static_cast<int64_t>(sizeof(S)) % kVector == 0; };
-  return (std::is_same_v<S, float> || std::is_same_v<S, double>) && images.column == 1 &&
-         elements * static_cast<int64_t>(sizeof(S)) >= kLarge && reinterpret_cast<uintptr_t>(images.data) % kVector == 0 &&
-         aligned(images.image) && aligned(images.channel) && aligned(images.row);
-}
-
-template <typename S, typename T>
-void store_unless_there(const Images<S>& images, const Division::Task& t, int64_t inputs, const Planes<T>& planes, int64_t width) {
-  if (!std::is_same_v<S, T> || images.column != 1)
-    store(planes, t.rows, width, images, t.image, t.group * inputs, t.groups * inputs, t.y);
+Matrix<const T> gate_rows(const Call& c, const Images<const S>& gate, const Division::Task& t, int64_t y, const Planes<T>& planes,
+                          int64_t plane, int64_t row) {
+  if (!c.gate) return {nullptr, 0};
+  return rows_of(gate.from(t.group + plane), t.image, y, planes, plane, row);
 }
 
 template <typename S>
-void forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation, bool relu, const Tensor& out) {
+void forward(const Call& c, const Tensor& out) {
   using T = Accumulate<S>;
-  const auto sums = sums_for<T>(weight.size(2), dilation);
-  const int64_t taps = weight.size(2) * weight.size(3), reach = dilation * (weight.size(2) / 2);
-  const auto in = read<S>(x);
+  const auto sums = sums_for<T>(c.weight.size(2), c.dilation);
+  const auto finish = activations_for<T>(c.activation).finish;
+  const int64_t reach = c.reach();
+  const auto in = join<const S>(c.x, c.x);
   const auto result = write<S>(out);
-  const Division p(x, weight, in.pixel_major(), weight.size(1) + 1);
-  const T* weights = weight.const_data_ptr<T>();
-  const bool streamed = streams(result, out.numel());
-  const T* biases = bias ? bias->const_data_ptr<T>() : nullptr;
+  const auto gate = read<S>(c.gate.value_or(out));
+  const bool plain = c.is_plain(), packs_gate = c.gate && !is_in_place<T>(gate), streamed = streams(result, out.numel());
+  const Division p(c, any_pixel_major(c), c.weight.size(1) + (c.gate ? 2 : 1));
+  const T* weights = c.weight.const_data_ptr<T>();
   struct Own {
-    Planes<T> in, out;
+    Planes<T> in, gate, out;
   };
   const auto make = [&] {
-    return Own{{p.block * p.inputs, p.rows, reach, reach, p.width}, {p.block, p.rows, 0, 0, p.width}};
+    return Own{{p.block * p.inputs, p.rows, reach, p.width},
+               {packs_gate ? p.block : 0, p.rows, 0, p.width},
+               {p.block, p.rows, 0, p.width}};
   };
   p.each(make, [&](const Division::Task& t, const Own& own) {
     load(in, t.image, t.group * p.inputs, t.groups * p.inputs, {t.y - reach, t.y + t.rows + reach}, p.height, p.width, own.in,
          -reach);
+    if (packs_gate) load(gate.from(t.group), t.image, t.groups, {t.y, t.y + t.rows}, p.height, p.width, own.gate, 0, 0);
     for (int64_t g = 0; g < t.groups; ++g) {
       const int64_t channel = t.group + g;
-      const Matrix<T> target = rows_of(result, t, channel, own.out, g);
-      sums.correlate(own.in.at(g * p.inputs, 0), own.in.pitch, own.in.plane, weights + channel * p.inputs * taps, p.inputs,
-                     {biases ? biases[channel] : T(0), relu, streamed}, target, t.rows, p.width);
+      const Matrix<T> target = rows_of(result.from(channel), t.image, t.y, own.out, g, 0);
+      const Matrix<T> sum = plain ? target : Matrix<T>{own.out.at(g, 0), own.out.pitch};
+      sums.correlate(own.in.at(g * p.inputs, 0), own.in.pitch, own.in.plane, weights + channel * p.inputs * c.taps(), p.inputs,
+                     {element_or_zero<T>(c.bias, channel), plain && c.activation == Activation::relu, plain && streamed}, sum,
+                     t.rows, p.width);
+      if (!plain)
+        finish(sum, gate_rows(c, gate, t, t.y, own.gate, g, 0), element_or_zero<T>(c.slope, channel), target, t.rows, p.width,
+               streamed);
     }
-    store_unless_there(result, t, 1, own.out, p.width);
+    if (!is_in_place<T>(result)) store(own.out, 0, t.rows, p.width, result.from(t.group), t.image, t.groups, t.y);
   });
 }
 
-// `shares`: of every task, what the gradients of weight and bias get from its rows.
+// The gradients that are wanted; the others are empty.
+struct Gradients {
+  std::vector<Tensor> x;
+  Tensor parameters;  // of every task, what weight, bias and slope get from its rows
+  Tensor gate;
+};
+
 template <typename S>
-void backward(const Division& p, const Tensor& grad_out, const Tensor& x, const Tensor& weight, const OptionalTensor& out,
-              int64_t dilation, const Tensor& grad_x, const Tensor& shares) {
+void backward(const Division& p, const Call& c, const Tensor& grad_out, const OptionalTensor& out, const Gradients& to) {
   using T = Accumulate<S>;
-  const auto sums = sums_for<T>(weight.size(2), dilation);
-  const int64_t taps = weight.size(2) * weight.size(3), reach = dilation * (weight.size(2) / 2);
-  const auto in = read<S>(x), grads = read<S>(grad_out), outputs = read<S>(out.value_or(grad_out));
-  const auto result = write<S>(grad_x);
-  const bool streamed = streams(result, grad_x.numel());
-  const T* weights = weight.const_data_ptr<T>();
+  const auto sums = sums_for<T>(c.weight.size(2), c.dilation);
+  const auto differentiate = activations_for<T>(c.activation).differentiate;
+  const int64_t taps = c.taps(), reach = c.reach();
+  const bool of_gate = to.gate.dim() == 4, of_parameters = to.parameters.numel() > 0;
+  const bool of_x = std::any_of(to.x.begin(), to.x.end(), [](const Tensor& x) { return x.dim() == 4; });
+  const bool summed_again = !out && (c.activation != Activation::none || of_gate);
+  const auto in = join<const S>(c.x, c.x);
+  const auto result = join<S>(to.x, c.x);
+  const auto grads = read<S>(grad_out), outputs = read<S>(out.value_or(grad_out)), gate = read<S>(c.gate.value_or(grad_out));
+  const auto gate_result = of_gate ? write<S>(to.gate) : Images<S>{};
+  const bool packs_gate = c.gate && !is_in_place<T>(gate), stores_gate = of_gate && !is_in_place<T>(gate_result);
+  const bool streamed = of_gate && streams(gate_result, to.gate.numel());
+  const T* weights = c.weight.const_data_ptr<T>();
+  const int64_t in_reach = summed_again ? 2 * reach : reach;
   struct Own {
-    Planes<T> grad, out, in, result;
+    Planes<T> grad, pre, gate, grad_gate, in, result;
   };
   const auto make = [&] {
     const int64_t inputs = p.block * p.inputs;
-    return Own{{p.block, p.rows, reach, reach, p.width},
-               {out ? p.block : 0, p.rows, reach, reach, p.width},
-               {inputs, p.rows, 2 * reach, 2 * reach, p.width},
-               {inputs, p.rows, 0, 0, p.width}};
+    return Own{{p.block, p.rows, reach, p.width},
+               {out || summed_again ? p.block : 0, p.rows, reach, p.width},
+               {packs_gate ? p.block : 0, p.rows, reach, p.width},
+               {stores_gate ? p.block : 0, p.rows, 0, p.width},
+               {inputs, p.rows, in_reach, p.width},
+               {inputs, p.rows, 0, p.width}};
   };
   p.each(make, [&](const Division::Task& t, const Own& own) {
     const Rows with_halo{t.y - reach, t.y + t.rows + reach};
-    load(grads, t.image, t.group, t.groups, with_halo, p.height, p.width, own.grad, -reach);
-    if (out) {
-      load(outputs, t.image, t.group, t.groups, with_halo, p.height, p.width, own.out, -reach);
-      for (int64_t g = 0; g < t.groups; ++g)
-        clear_where_not_positive(own.out.at(g, -reach), own.grad.at(g, -reach), (t.rows + 2 * reach) * own.grad.pitch - kMargin);
-    }
-    load(in, t.image, t.group * p.inputs, t.groups * p.inputs, {t.y, t.y + t.rows + 2 * reach}, t.y + t.rows, p.width, own.in,
-         0);
-    T* of_weight = shares.mutable_data_ptr<T>() + (t.image * p.bands + t.band) * shares.size(1);
-    T* of_bias = of_weight + weight.numel();
+    load(grads.from(t.group), t.image, t.groups, with_halo, p.height, p.width, own.grad, 0, -reach);
+    if (summed_again || of_parameters)
+      load(in, t.image, t.group * p.inputs, t.groups * p.inputs, {t.y - in_reach, t.y + t.rows + in_reach}, p.height, p.width,
+           own.in, -in_reach);
+    if (out) load(outputs.from(t.group), t.image, t.groups, with_halo, p.height, p.width, own.pre, 0, -reach);
+    if (packs_gate) load(gate.from(t.group), t.image, t.groups, with_halo, p.height, p.width, own.gate, 0, -reach);
+    const int64_t first = std::max(-reach, -t.y), last = std::min(t.rows + reach, p.height - t.y);
+    T* shares = of_parameters ? to.parameters.mutable_data_ptr<T>() + (t.image * p.bands + t.band) * to.parameters.size(1) : nullptr;
     for (int64_t g = 0; g < t.groups; ++g) {
+      const int64_t channel = t.group + g, plane = g * p.inputs;
+      if (summed_again)
+        sums.correlate(own.in.at(plane, first), own.in.pitch, own.in.plane, weights + channel * p.inputs * taps, p.inputs,
+                       {element_or_zero<T>(c.bias, channel), false, false}, {own.pre.at(g, first), own.pre.pitch}, last - first,
+                       p.width);
+      T of_slope(0);
+      if (c.gate || c.activation != Activation::none) {
+        const auto rows = [&](int64_t begin, int64_t end, Matrix<T> grad_gate) {
+          return differentiate({own.pre.at(g, begin), own.pre.pitch}, gate_rows(c, gate, t, t.y + begin, own.gate, g, begin),
+                               element_or_zero<T>(c.slope, channel), {own.grad.at(g, begin), own.grad.pitch}, grad_gate,
+                               end - begin, p.width, streamed);
+        };
+        rows(first, 0, {nullptr, 0});
+        of_slope = rows(0, t.rows, of_gate ? rows_of(gate_result.from(channel), t.image, t.y, own.grad_gate, g, 0)
+                                           : Matrix<T>{nullptr, 0});
+        rows(t.rows, last, {nullptr, 0});
+      }
       const T* grad = own.grad.at(g, 0);
-      of_bias[t.group + g] = sum_of_rows(grad, own.grad.pitch, t.rows, p.width);
-      for (int64_t m = 0; m < p.inputs; ++m) {
-        const int64_t plane = g * p.inputs + m, channel = t.group * p.inputs + plane;
-        sums.tap_products(own.in.at(plane, 0), own.in.pitch, grad, own.grad.pitch, t.rows, p.width, of_weight + channel * taps);
+      if (of_parameters) {
+        for (int64_t m = 0; m < p.inputs; ++m)
+          sums.tap_products(own.in.at(plane + m, 0), own.in.pitch, grad, own.grad.pitch, t.rows, p.width,
+                            shares + (channel * p.inputs + m) * taps);
+        T* rest = shares + c.weight.numel();
+        rest[channel] = sum_of_rows(grad, own.grad.pitch, t.rows, p.width);
+        rest[p.groups + channel] = of_slope;
+      }
+      for (int64_t m = 0; of_x && m < p.inputs; ++m) {
+        const int64_t of = channel * p.inputs + m;
+        const auto& part = result.at(of);
+        if (!part.images.data) continue;
         T flipped[kMostTaps];
-        std::reverse_copy(weights + channel * taps, weights + (channel + 1) * taps, flipped);
-        sums.correlate(grad, own.grad.pitch, 0, flipped, 1, {T(0), false, streamed},
-                       rows_of(result, t, channel, own.result, plane), t.rows, p.width);
+        std::reverse_copy(weights + of * taps, weights + (of + 1) * taps, flipped);
+        sums.correlate(grad, own.grad.pitch, 0, flipped, 1, {T(0), false, part.streamed},
+                       rows_of(part.images.from(of - part.first), t.image, t.y, own.result, plane + m, 0), t.rows, p.width);
       }
     }
-    store_unless_there(result, t, p.inputs, own.result, p.width);
+    if (stores_gate) store(own.grad_gate, 0, t.rows, p.width, gate_result.from(t.group), t.image, t.groups, t.y);
+    result.each(t.group * p.inputs, t.groups * p.inputs, [&](const Images<S>& images, int64_t count, int64_t plane) {
+      if (images.data && !is_in_place<T>(images)) store(own.result, plane, t.rows, p.width, images, t.image, count, t.y);
+    });
   });
 }
 
-Tensor in_working_type(const Tensor& weight) {
-  return weight.to(weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
-}
-
-Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t dilation, bool relu) {
-  const Tensor out = empty_image(x, weight.size(0)), weights = in_working_type(weight);
-  const OptionalTensor biases = bias ? OptionalTensor(in_working_type(*bias)) : std::nullopt;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "depthwise_conv",
-                                  [&] { forward<scalar_t>(x, weights, biases, dilation, relu, out); });
+Tensor depthwise_conv(at::TensorList x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& slope,
+                      const OptionalTensor& gate, int64_t dilation, std::optional<std::string_view> activation) {
+  const Call c(x, weight, bias, slope, gate, dilation, activation);
+  const Tensor out = empty_image(x[0], weight.size(0));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "depthwise_conv",
+                                  [&] { forward<scalar_t>(c, out); });
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> depthwise_conv_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
-                                                           const OptionalTensor& out, int64_t dilation) {
-  const Tensor grad_x = empty_image(x, x.size(1)), weights = in_working_type(weight);
-  const bool pixel_major = is_pixel_major(x) || is_pixel_major(grad_out);
-  const Division p(x, weight, pixel_major, 2 * weight.size(1) + (out ? 2 : 1));
-  const Tensor shares = at::empty({p.batch * p.bands, weights.numel() + p.groups}, weights.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "depthwise_conv_backward", [&] {
-    backward<scalar_t>(p, grad_out, x, weights, out, dilation, grad_x, shares);
-  });
-  const Tensor sums = added_up(shares).to(weight.scalar_type());
-  return {grad_x, sums.narrow(0, 0, weight.numel()).view(weight.sizes()), sums.narrow(0, weight.numel(), p.groups).clone()};
+// `wanted`: of every image of x, then of weight, bias and slope together, then of the gate.
+std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> depthwise_conv_backward(
+    const Tensor& grad_out, at::TensorList x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& slope,
+    const OptionalTensor& gate, const OptionalTensor& out, int64_t dilation, std::optional<std::string_view> activation,
+    const c10::List<bool>& wanted) {
+  const Call c(x, weight, bias, slope, gate, dilation, activation);
+  const Division p(c, is_pixel_major(grad_out) || any_pixel_major(c), 2 * weight.size(1) + 2 + (gate ? 2 : 0));
+  const auto none = [&] { return at::empty({0}, weight.options()); };  // results must not share memory
+  Gradients to{{}, at::empty({0, 0}, c.weight.options()), none()};
+  for (size_t i = 0; i < x.size(); ++i) to.x.push_back(wanted[i] ? empty_image(x[i], x[i].size(1)) : none());
+  const bool of_parameters = wanted[x.size()];
+  if (of_parameters) to.parameters = at::empty({p.batch * p.bands, weight.numel() + 2 * p.groups}, c.weight.options());
+  if (wanted[x.size() + 1]) to.gate = empty_image(*gate, gate->size(1));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad_out.scalar_type(), "depthwise_conv_backward",
+                                  [&] { backward<scalar_t>(p, c, grad_out, out, to); });
+  if (!of_parameters) return {to.x, none(), none(), none(), to.gate};
+  const Tensor sums = added_up(to.parameters);
+  const Tensor of_slope = sums.narrow(0, weight.numel() + p.groups, p.groups);
+  const auto narrowed = [&](const Tensor& sum) { return sum.to(weight.scalar_type(), false, true); };
+  return {to.x, narrowed(sums.narrow(0, 0, weight.numel()).view(weight.sizes())),
+          narrowed(sums.narrow(0, weight.numel(), p.groups)),
+          slope ? narrowed(of_slope.sum_to_size(slope->sizes())) : none(), to.gate};
 }
 
 }  // namespace

@@ -36,8 +36,9 @@ _RANGE = "restore_nets::range "
 _ENGINE = "autograd::engine::evaluate_function: "
 _CONVOLUTIONS = {  # where input and weight are among the arguments
     "aten::conv2d": (0, 1), "aten::convolution_backward": (1, 2),
-    "restore_kernels::depthwise_conv": (0, 1), "restore_kernels::depthwise_conv_backward": (1, 2),
 }  # fmt: skip
+# Convolutions of a group per output; where the weight is.
+_DEPTHWISE = {"restore_kernels::depthwise_conv": 1, "restore_kernels::depthwise_conv_backward": 2}
 _NORMS = ("ChannelNorm", "LayerNorm")  # modules of which everything is normalisation
 _ACTIVATIONS = {
     f"aten::{name}" for name in (
@@ -226,6 +227,8 @@ def _kind(event: Any, phase: str, path: Path) -> str | None:
     if event.name in _CONVOLUTIONS:
         image, weight = (event.input_shapes[i] for i in _CONVOLUTIONS[event.name])
         return convolution_kind(image, weight)
+    if event.name in _DEPTHWISE:
+        return _grouped_kind(event.input_shapes[_DEPTHWISE[event.name]])
     return "activation, gate" if event.name in _ACTIVATIONS and path[0] != "loss" else None
 
 
@@ -234,6 +237,10 @@ def convolution_kind(image: Sequence[int], weight: Sequence[int]) -> str:
     groups = image[1] // weight[1]
     if groups == 1:
         return "pointwise convolution" if tuple(weight[2:]) == (1, 1) else "dense convolution"
+    return _grouped_kind(weight)
+
+
+def _grouped_kind(weight: Sequence[int]) -> str:
     return "depthwise convolution" if weight[1] == 1 else "grouped convolution"
 
 
