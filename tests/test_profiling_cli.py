@@ -23,7 +23,7 @@ SHAPES = {
     "topk_attention": ["--shape", "2,1,8,64", "--branches", "4,none"],
     "masked_attention": ["--shape", "2,1,8,64"],
     "pyramid_attention": ["--shape", "1,4,5,10,11", "--levels", "3"],
-    "depthwise_conv2d": ["--shape", "1,6,10,11", "--kernel", "5", "--inputs", "2"],
+    "depthwise_conv2d": ["--shape", "1,6,10,11", "--activation", "prelu", "--gate", "with"],
     "channel_norm": ["--shape", "1,6,10,11"],
 }
 SHORT = ["--seconds", "0.05"]

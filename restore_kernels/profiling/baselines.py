@@ -91,10 +91,20 @@ def _filters(x: Tensor, size: int) -> Tensor:
     return F.unfold(x, size, padding=size // 2)[0].T.unflatten(1, (x.shape[1], size, size))
 
 
-def published_depthwise_conv(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
-    """The library's grouped convolution: a group per output, the padding that keeps the size."""
+def published_depthwise_conv(
+    x: Tensor, weight: Tensor, slope: Tensor | None = None, gate: Tensor | None = None, *,
+    dilation: int, activation: str | None,
+) -> Tensor:  # fmt: skip
+    """The library's grouped convolution: a group per output, the padding that keeps the size; then its
+    activation, then the product with the gate."""
     padding = dilation * (weight.shape[-1] // 2)
-    return F.conv2d(x, weight, padding=padding, dilation=dilation, groups=weight.shape[0])
+    out = F.conv2d(x, weight, padding=padding, dilation=dilation, groups=weight.shape[0])
+    if activation == "prelu":
+        assert slope is not None
+        out = F.prelu(out, slope)
+    elif activation is not None:
+        out = {"relu": F.relu, "gelu": F.gelu}[activation](out)
+    return out if gate is None else out * gate
 
 
 def published_channel_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
