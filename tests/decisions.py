@@ -11,13 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from restore_kernels.topk_attention import autograd, reference
+from restore_kernels.topk_attention import reference
+
+topk_attention = import_module("restore_kernels.topk_attention.autograd")
+depthwise_conv = import_module("restore_kernels.depthwise_conv.autograd")
 
 
 @dataclass
@@ -56,14 +60,15 @@ class Replay:
 def recorded() -> Iterator[Decisions]:
     """The decisions of what runs in the block, on any backend."""
     decisions = Decisions()
-    mixture, overload, relu = reference.branch_mixture, autograd.overload, torch.relu
+    mixture, relu = reference.branch_mixture, torch.relu
+    attention, convolution = topk_attention.overload, depthwise_conv.overload
 
     def recording_mixture(scores, weights, topk):
         decisions.ranks.append(_rank(scores))
         return mixture(scores, weights, topk)
 
-    def recording_overload(name, backend):
-        operator = overload(name, backend)
+    def recording_attention(name, backend):
+        operator = attention(name, backend)
 
         def call(*args):
             out, similarity, norms = operator(*args)
@@ -73,14 +78,28 @@ def recorded() -> Iterator[Decisions]:
 
         return call if name == "topk_attention_channel" else operator
 
+    def recording_convolution(name, backend):
+        operator = convolution(name, backend)
+
+        def call(*args):
+            out = operator(*args)
+            if args[-1] == "relu":
+                decisions.positive.append(out.detach() > 0)
+            return out
+
+        return call if name == "depthwise_conv" else operator
+
     def recording_relu(x):
         decisions.positive.append(x.detach() > 0)
         return relu(x)
 
     with _patched(
         (reference, "branch_mixture", recording_mixture),
-        (autograd, "overload", recording_overload),
-        (autograd, "compiled_functions", lambda backend: None),  # the library's nodes call no overload
+        (topk_attention, "overload", recording_attention),
+        (depthwise_conv, "overload", recording_convolution),
+        # The library's nodes call no overload.
+        (topk_attention, "compiled_functions", lambda backend: None),
+        (depthwise_conv, "compiled_functions", lambda backend: None),
         (torch, "relu", recording_relu),
     ):
         yield decisions
