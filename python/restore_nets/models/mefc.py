@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restore_kernels.nn import DepthwiseConv2d
+from restore_kernels import depthwise_conv2d, pointwise_conv2d
+from restore_kernels.nn import DepthwiseConv2d, PointwiseConv2d
 
 STEPS = 4
 EXPERTS = 8
@@ -52,7 +54,8 @@ class _Steps(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.preprocess = _op(nn.Conv2d(dim, dim, 1, bias=False), nn.ReLU())
+        preprocess = nn.Sequential(_pointwise(dim), nn.ReLU())
+        self.preprocess = nn.Sequential(OrderedDict(op=preprocess))
         self._ops = nn.ModuleList(_Mixture(dim) for _ in range(STEPS))
 
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
@@ -63,41 +66,68 @@ class _Steps(nn.Module):
 
 
 class _Mixture(nn.Module):
-    """The experts' outputs, each times its gate, concatenated and reduced by a 1x1 convolution and ReLU."""
+    """The experts' outputs, each times its gate, concatenated and reduced by a 1x1 convolution and ReLU.
+
+    The 1x1 convolutions in which seven experts end are multiplied into the one that reduces, and so are the
+    gates of an image: what is left is one convolution of what the experts have before.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self._ops = nn.ModuleList(
-            (
-                *(_separable(dim, size) for size in (1, 3, 5, 7)),
-                *(_dilated(dim, size) for size in (3, 5, 7)),
-                nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
-            )
-        )
-        self._out = nn.Sequential(nn.Conv2d(EXPERTS * dim, dim, 1, bias=False), nn.ReLU())
+        separable = [_separable(dim, size) for size in (1, 3, 5, 7)]
+        self._ops = nn.ModuleList(separable + [_dilated(dim, size) for size in (3, 5, 7)])
+        self._out = nn.Sequential(PointwiseConv2d(EXPERTS * dim, dim, bias=False), nn.ReLU())
 
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
         """x (B, dim, H, W), gates (B, EXPERTS)."""
-        experts = [expert(x) * gates[:, i, None, None, None] for i, expert in enumerate(self._ops)]
-        return self._out(torch.cat(experts, dim=1))
+        images = [*(expert(x) for expert in self._ops), _nine_averages(x)]
+        return torch.relu(pointwise_conv2d(images, self._weight(gates)))
+
+    def _weight(self, gates: Tensor) -> Tensor:
+        """Of the one convolution: (B, dim, EXPERTS * dim, 1, 1)."""
+        last = torch.stack([expert.op[-1].weight.flatten(1) for expert in self._ops])  # (7, dim, dim)
+        reducing = self._out[0].weight.flatten(1).unflatten(1, (EXPERTS, -1)).transpose(0, 1)  # (8, dim, dim)
+        merged = torch.cat((reducing[:-1] @ last, reducing[-1:] / 9))
+        return (gates[:, :, None, None] * merged).transpose(1, 2).flatten(2)[..., None, None]
 
 
-def _op(*layers: nn.Module) -> nn.Module:
-    """The layers under the name ``op``, as the published checkpoints have them."""
-    return nn.Sequential(OrderedDict(op=nn.Sequential(*layers)))
+class _Expert(nn.Module):
+    """All layers but the last, which the mixture applies; named ``op`` as in the published checkpoints.
+
+    Shape: (B, dim, H, W) -> (B, dim, H, W).
+    """
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.op = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        *layers, _ = self.op
+        for layer in layers:
+            x = layer(x)
+        return x
+
+
+def _separable(dim: int, size: int) -> _Expert:
+    return _Expert(_depthwise(dim, size), _pointwise(dim), nn.ReLU(), _depthwise(dim, size), _pointwise(dim))
+
+
+def _dilated(dim: int, size: int) -> _Expert:
+    return _Expert(_depthwise(dim, size, dilation=2), _pointwise(dim))
 
 
 def _depthwise(dim: int, size: int, dilation: int = 1) -> DepthwiseConv2d:
     return DepthwiseConv2d(dim, dim, size, dilation=dilation, bias=False)
 
 
-def _pointwise(dim: int) -> nn.Conv2d:
-    return nn.Conv2d(dim, dim, 1, bias=False)
+def _pointwise(dim: int) -> PointwiseConv2d:
+    return PointwiseConv2d(dim, dim, bias=False)
 
 
-def _separable(dim: int, size: int) -> nn.Module:
-    return _op(_depthwise(dim, size), _pointwise(dim), nn.ReLU(), _depthwise(dim, size), _pointwise(dim))
+def _nine_averages(x: Tensor) -> Tensor:
+    """Nine times the averages over 3x3 neighbourhoods, as far as they lie inside of the image.
 
-
-def _dilated(dim: int, size: int) -> nn.Module:
-    return _op(_depthwise(dim, size, dilation=2), _pointwise(dim))
+    Nine times, since what sums of fewer pixels are then multiplied by is exact in every dtype.
+    """
+    pixels = F.conv2d(x.new_ones(1, 1, *x.shape[2:]), x.new_ones(1, 1, 3, 3), padding=1)
+    return depthwise_conv2d(x, x.new_ones(x.shape[1], 1, 3, 3), gate=(9 / pixels).expand_as(x))
