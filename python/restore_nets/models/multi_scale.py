@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 from torch import Tensor, nn
 
+from restore_kernels.nn import PointwiseConv2d
 from restore_nets.models.fusion import ConvOptions, FuseFour, FuseTwo, GatedConvs, GatedSeparableConvs
 
 Levels = tuple[Tensor, Tensor, Tensor]  # (B, dim, H/2, W/2), (B, dim, H/4, W/4), (B, dim, H/8, W/8)
 
 
-def resize(dim: int, factor: float) -> nn.Sequential:
-    """Bilinear resizing by a factor, then a 1x1 convolution without bias."""
-    layers = nn.Upsample(scale_factor=factor, mode="bilinear"), nn.Conv2d(dim, dim, 1, bias=False)
-    return nn.Sequential(OrderedDict({"up" if factor > 1 else "down": nn.Sequential(*layers)}))
+class Resize(nn.Module):
+    """Bilinear resizing and a 1x1 convolution without bias, under the names of the published checkpoints.
+
+    The two commute, as one mixes pixels and the other channels: the convolution sees the smaller image.
+
+    Shape: (B, dim, H, W) -> (B, dim, factor * H, factor * W).
+    """
+
+    def __init__(self, dim: int, factor: float) -> None:
+        super().__init__()
+        self.enlarges = factor > 1
+        layers = nn.Upsample(scale_factor=factor, mode="bilinear"), PointwiseConv2d(dim, dim, bias=False)
+        self.add_module("up" if self.enlarges else "down", nn.Sequential(*layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        (layers,) = self.children()
+        resized, convolved = layers
+        return resized(convolved(x)) if self.enlarges else convolved(resized(x))
 
 
 class Encoder(nn.Module):
@@ -28,9 +41,9 @@ class Encoder(nn.Module):
         self.encoder_level1 = _EncoderLevel(options, activation)
         self.encoder_level2 = _EncoderLevel(options, activation)
         self.encoder_level3 = _EncoderLevel(options, activation)
-        self.down_stage1 = resize(options.dim, 1 / 2)
-        self.down_stage2 = resize(options.dim, 1 / 2)
-        self.down_stage3 = resize(options.dim, 1 / 2)
+        self.down_stage1 = Resize(options.dim, 1 / 2)
+        self.down_stage2 = Resize(options.dim, 1 / 2)
+        self.down_stage3 = Resize(options.dim, 1 / 2)
 
     def forward(self, x: Tensor) -> Levels:
         level1 = self.encoder_level1(self.down_stage1(x))
@@ -50,16 +63,16 @@ class Decoder(nn.Module):
         self.decoder_level1 = _DecoderLevel(options, activation)
         self.decoder_level2 = _DecoderLevel(options, activation)
         self.decoder_level3 = _DecoderLevel(options, activation)
-        self.up_stage1 = resize(options.dim, 2)
-        self.up_stage2 = resize(options.dim, 2)
-        self.up_stage3 = resize(options.dim, 2)
+        self.up_stage1 = Resize(options.dim, 2)
+        self.up_stage2 = Resize(options.dim, 2)
+        self.up_stage3 = Resize(options.dim, 2)
         # From one of the encoder's levels to another: the first digit says which, the second whereto.
-        self.up_32 = resize(options.dim, 2)
-        self.up_31 = resize(options.dim, 4)
-        self.up_21 = resize(options.dim, 2)
-        self.down_13 = resize(options.dim, 1 / 4)
-        self.down_23 = resize(options.dim, 1 / 2)
-        self.down_12 = resize(options.dim, 1 / 2)
+        self.up_32 = Resize(options.dim, 2)
+        self.up_31 = Resize(options.dim, 4)
+        self.up_21 = Resize(options.dim, 2)
+        self.down_13 = Resize(options.dim, 1 / 4)
+        self.down_23 = Resize(options.dim, 1 / 2)
+        self.down_12 = Resize(options.dim, 1 / 2)
 
     def forward(self, levels: Levels) -> Tensor:
         level1, level2, level3 = levels
