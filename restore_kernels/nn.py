@@ -173,9 +173,9 @@ class _ProjectedAttention(nn.Module):
         _check_heads(dim, heads)
         self.dim, self.heads = dim, heads
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=bias)
+        self.qkv = PointwiseConv2d(dim, 3 * dim, bias=bias)
         self.qkv_dwconv = DepthwiseConv2d(3 * dim, 3 * dim, 3, bias=bias)
-        self.project_out = nn.Conv2d(dim, dim, 1, bias=bias)
+        self.project_out = PointwiseConv2d(dim, dim, bias=bias)
 
     def _project_in(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, dim, H, W) -> q, k, v, each (B, heads, dim / heads, H * W)."""
@@ -325,7 +325,7 @@ class MultiInputAttention(nn.Module):
         self.q = DepthwiseConv2d(dim, dim, 3, bias=bias)
         self.k = DepthwiseConv2d(dim, dim, 3, bias=bias)
         self.v = DepthwiseConv2d(dim, dim, 3, bias=bias)
-        self.project_out = nn.Conv2d(dim, dim, 1, bias=bias)
+        self.project_out = PointwiseConv2d(dim, dim, bias=bias)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         for name, x in (("q", q), ("k", k), ("v", v)):

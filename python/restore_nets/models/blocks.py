@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from restore_kernels.nn import ChannelNorm
+from restore_kernels.nn import ChannelNorm, PointwiseConv2d
 from restore_nets.models.options import UShapeOptions
 
 
@@ -95,10 +95,10 @@ class UShape(nn.Module):
         self.down3_4 = downsample(4 * dim)
         self.latent = level(3, 8 * dim)
         self.up4_3 = upsample(8 * dim)
-        self.reduce_chan_level3 = nn.Conv2d(8 * dim, 4 * dim, 1, bias=bias)
+        self.reduce_chan_level3 = PointwiseConv2d(8 * dim, 4 * dim, bias=bias)
         self.decoder_level3 = level(2, 4 * dim)
         self.up3_2 = upsample(4 * dim)
-        self.reduce_chan_level2 = nn.Conv2d(4 * dim, 2 * dim, 1, bias=bias)
+        self.reduce_chan_level2 = PointwiseConv2d(4 * dim, 2 * dim, bias=bias)
         self.decoder_level2 = level(1, 2 * dim)
         self.up2_1 = upsample(2 * dim)
         self.decoder_level1 = level(0, 2 * dim)
@@ -117,8 +117,8 @@ class UShape(nn.Module):
         level2 = self.encoder_level2(self.down1_2(level1))
         level3 = self.encoder_level3(self.down2_3(level2))
         x = self.latent(self.down3_4(level3))
-        x = self.decoder_level3(self.reduce_chan_level3(torch.cat((self.up4_3(x), level3), dim=1)))
-        x = self.decoder_level2(self.reduce_chan_level2(torch.cat((self.up3_2(x), level2), dim=1)))
+        x = self.decoder_level3(self.reduce_chan_level3((self.up4_3(x), level3)))
+        x = self.decoder_level2(self.reduce_chan_level2((self.up3_2(x), level2)))
         x = self.decoder_level1(torch.cat((self.up2_1(x), level1), dim=1))
         return self.output(self.refinement(x))
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restore_kernels.nn import ChannelNorm, DepthwiseConv2d, DynamicDualAttention
+from restore_kernels.nn import ChannelNorm, DepthwiseConv2d, DynamicDualAttention, PointwiseConv2d
 from restore_nets.models.blocks import TransformerBlock, UShape
+from restore_nets.models.halves import depthwise_halves, pointwise_halves
 from restore_nets.models.options import UShapeOptions, check_choice, check_integer, check_number
 
 
@@ -78,18 +79,19 @@ class SpatialFeedForward(nn.Module):
         def convolve_normalise() -> tuple[nn.Module, ...]:
             return nn.Conv2d(dim, dim, 3, padding=1, bias=bias), ChannelNorm(dim, norm), nn.ReLU()
 
-        def depthwise(channels: int) -> DepthwiseConv2d:
-            return DepthwiseConv2d(channels, channels, 3, bias=bias)
+        def depthwise(channels: int, activation: str | None = None) -> DepthwiseConv2d:
+            return DepthwiseConv2d(channels, channels, 3, bias=bias, activation=activation)
 
-        self.project_in = nn.Conv2d(dim, 2 * hidden, 1, bias=bias)
+        self.project_in = PointwiseConv2d(dim, 2 * hidden, bias=bias)
         self.dwconv = depthwise(2 * hidden)
         self.context = nn.Sequential(*convolve_normalise(), *convolve_normalise())
-        self.fuse = nn.Sequential(nn.Conv2d(hidden + dim, hidden, 1, bias=bias), depthwise(hidden))
-        self.project_out = nn.Conv2d(hidden, dim, 1, bias=bias)
+        self.fuse = nn.Sequential(PointwiseConv2d(hidden + dim, hidden, bias=bias), depthwise(hidden, "gelu"))
+        self.project_out = PointwiseConv2d(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        a, b = self.dwconv(self.project_in(x)).chunk(2, dim=1)
+        a, b = depthwise_halves(self.dwconv, *pointwise_halves(self.project_in, x))
         context = self.context(F.avg_pool2d(x, 2, ceil_mode=True))
         context = F.interpolate(context, scale_factor=2.0, mode="bilinear")[:, :, :height, :width]
-        return self.project_out(F.gelu(self.fuse(torch.cat((a, context), dim=1))) * b)
+        widen, gated = self.fuse
+        return self.project_out(gated(widen((a, context)), gate=b))

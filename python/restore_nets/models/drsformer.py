@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from restore_kernels.nn import DepthwiseConv2d, TopKSparseAttention
+from restore_kernels.nn import DepthwiseConv2d, PointwiseConv2d, TopKSparseAttention
 from restore_nets.models.blocks import TransformerBlock, UShape
+from restore_nets.models.halves import depthwise_halves, pointwise_halves
 from restore_nets.models.mefc import FeatureCompensator
 from restore_nets.models.options import UShapeOptions, check_flag
 
@@ -60,17 +60,17 @@ class MixedScaleFeedForward(nn.Module):
         def rectified(inputs: int, outputs: int, size: int) -> DepthwiseConv2d:
             return DepthwiseConv2d(inputs, outputs, size, bias=bias, activation="relu")
 
-        self.project_in = nn.Conv2d(dim, 2 * hidden, 1, bias=bias)
+        self.project_in = PointwiseConv2d(dim, 2 * hidden, bias=bias)
         self.dwconv3x3 = rectified(2 * hidden, 2 * hidden, 3)
         self.dwconv5x5 = rectified(2 * hidden, 2 * hidden, 5)
         self.dwconv3x3_1 = rectified(2 * hidden, hidden, 3)
         self.dwconv5x5_1 = rectified(2 * hidden, hidden, 5)
-        self.project_out = nn.Conv2d(2 * hidden, dim, 1, bias=bias)
+        self.project_out = PointwiseConv2d(2 * hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.project_in(x)
-        first3, second3 = self.dwconv3x3(x).chunk(2, dim=1)
-        first5, second5 = self.dwconv5x5(x).chunk(2, dim=1)
-        fine = self.dwconv3x3_1(torch.cat((first3, first5), dim=1))
-        coarse = self.dwconv5x5_1(torch.cat((second3, second5), dim=1))
-        return self.project_out(torch.cat((fine, coarse), dim=1))
+        first, second = pointwise_halves(self.project_in, x)
+        first3, second3 = depthwise_halves(self.dwconv3x3, first, second)
+        first5, second5 = depthwise_halves(self.dwconv5x5, first, second)
+        fine = self.dwconv3x3_1((first3, first5))
+        coarse = self.dwconv5x5_1((second3, second5))
+        return self.project_out((fine, coarse))

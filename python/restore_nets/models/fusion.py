@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restore_kernels.nn import DepthwiseConv2d
+from restore_kernels.nn import DepthwiseConv2d, PointwiseConv2d
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class ChannelGate(nn.Module):
         super().__init__()
         dim, hidden = options.dim, options.dim // options.reduction
         self.conv_du = nn.Sequential(
-            nn.Conv2d(dim, hidden, 1, bias=options.bias), nn.ReLU(),
-            nn.Conv2d(hidden, dim, 1, bias=options.bias), nn.Sigmoid(),
+            PointwiseConv2d(dim, hidden, bias=options.bias), nn.ReLU(),
+            PointwiseConv2d(hidden, dim, bias=options.bias), nn.Sigmoid(),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,16 +57,16 @@ class ChannelGate(nn.Module):
 class SeparableConv(nn.Module):
     """DSC: a depthwise 3x3 convolution, then a 1x1 convolution, both with a bias.
 
-    Shape: (B, inputs, H, W) -> (B, outputs, H, W).
+    Shape: one image (B, inputs, H, W), or several with so many channels together -> (B, outputs, H, W).
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.depth_conv = DepthwiseConv2d(inputs, inputs, 3)
-        self.point_conv = nn.Conv2d(inputs, outputs, 1)
+        self.point_conv = PointwiseConv2d(inputs, outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.point_conv(self.depth_conv(x))
+    def forward(self, *images: Tensor) -> Tensor:
+        return self.point_conv(self.depth_conv(images))
 
 
 class FuseTwo(nn.Module):
@@ -82,7 +81,7 @@ class FuseTwo(nn.Module):
         self.CA_fea = ChannelGate(options)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.CA_fea(self.DSC(torch.cat((a, b), dim=1))) + a
+        return self.CA_fea(self.DSC(a, b)) + a
 
 
 class FuseFour(nn.Module):
@@ -99,9 +98,9 @@ class FuseFour(nn.Module):
         self.CA_fea = ChannelGate(options)
 
     def forward(self, first: Tensor, second: Tensor, third: Tensor, fourth: Tensor) -> Tensor:
-        x = self.DSC1(torch.cat((third, fourth), dim=1))
-        x = self.DSC2(torch.cat((second, x), dim=1))
-        x = self.DSC3(torch.cat((first, x), dim=1))
+        x = self.DSC1(third, fourth)
+        x = self.DSC2(second, x)
+        x = self.DSC3(first, x)
         return self.CA_fea(x) + x
 
 

@@ -10,8 +10,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from restore_kernels.nn import ChannelNorm, DepthwiseConv2d, MultiDconvAttention, MultiInputAttention
+from restore_kernels.nn import (
+    ChannelNorm,
+    DepthwiseConv2d,
+    MultiDconvAttention,
+    MultiInputAttention,
+    PointwiseConv2d,
+)
 from restore_nets.models.blocks import TransformerBlock, body
+from restore_nets.models.halves import gated_halves, pointwise_halves
 
 
 @dataclass(frozen=True)
@@ -47,13 +54,13 @@ class GatedFeedForward(nn.Module):
         dim, bias = options.dim, options.bias
         hidden = int(dim * options.ffn_expansion)
         self.act1 = nn.PReLU()
-        self.project_in = nn.Conv2d(dim, 2 * hidden, 1, bias=bias)
+        self.project_in = PointwiseConv2d(dim, 2 * hidden, bias=bias)
         self.dwconv = DepthwiseConv2d(2 * hidden, 2 * hidden, 3, bias=bias)
-        self.project_out = nn.Conv2d(hidden, dim, 1, bias=bias)
+        self.project_out = PointwiseConv2d(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.dwconv(self.project_in(x)).chunk(2, dim=1)
-        return self.project_out(self.act1(a) * b)
+        a, b = pointwise_halves(self.project_in, x)
+        return self.project_out(gated_halves(self.dwconv, a, b, "prelu", self.act1.weight))
 
 
 class MultiInputBlock(nn.Module):
