@@ -168,6 +168,20 @@ def _depthwise(
     launchers.depthwise_conv_backward(out, *call, kept, dilation, activation, wanted)
 
 
+def _pointwise(
+    dtype: torch.dtype, channels: tuple[int, ...], outputs: int, last: bool = False, per_image: bool = False,
+    cropped: bool = False,
+) -> None:  # fmt: skip
+    from restore_kernels.pointwise_conv import triton_launch as launchers
+
+    layout = torch.channels_last if last else torch.contiguous_format
+    images = [_empty((2, count, 130, 128), dtype).to(memory_format=layout) for count in channels]
+    images = [image[:, :, :, :126] if cropped else image for image in images]
+    weight = _empty((2,) * per_image + (outputs, sum(channels), 1, 1), dtype)
+    out = launchers.pointwise_conv(images, weight, _empty((outputs,), dtype))
+    launchers.pointwise_conv_backward(out, images, weight, [True] * (len(images) + 2))
+
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "channel heads=1": lambda dtype: _topk_channel(dtype),
     "channel heads=1 out_proj": lambda dtype: _topk_channel(dtype, projected=True),
@@ -200,6 +214,11 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "depthwise 5x5 paired gelu gated": lambda dtype: _depthwise(
         dtype, 5, inputs=2, activation="gelu", gated=True
     ),
+    "pointwise 96 to 510": lambda dtype: _pointwise(dtype, (96,), 510),
+    "pointwise 768 to 96 channels_last": lambda dtype: _pointwise(dtype, (768,), 96, last=True),
+    "pointwise 48+48 to 48 per image": lambda dtype: _pointwise(dtype, (48, 48), 48, per_image=True),
+    "pointwise 8 images to 96, crops": lambda dtype: _pointwise(dtype, (96,) * 8, 96, cropped=True),
+    "pointwise 3 to 12": lambda dtype: _pointwise(dtype, (3,), 12),
 }
 
 

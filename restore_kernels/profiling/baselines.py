@@ -107,6 +107,11 @@ def published_depthwise_conv(
     return out if gate is None else out * gate
 
 
+def published_pointwise_conv(images: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """The library's convolution of the images written together."""
+    return F.conv2d(images[0] if len(images) == 1 else torch.cat(list(images), dim=1), weight)
+
+
 def published_channel_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The library's layer normalisation, between two changes of the order of dimensions."""
     normalised = F.layer_norm(x.flatten(2).transpose(1, 2), weight.shape, weight, bias)
