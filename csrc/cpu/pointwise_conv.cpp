@@ -6,6 +6,8 @@
 //             and multiplies them by the weight; the sums over all channels stay in L2 until they are written.
 //   backward  packs the output's gradient and, transposed in registers, x once per tile, and makes the gradient of x
 //             and a share of those of weight and bias of them.
+// Meanwhile the memory system is asked for what comes next: a tile is too short for it to see that by itself.
+// (Asking for what lies beyond the last tile does nothing.)
 // Rows of an image lie a power of two apart; packed, at an odd number of cache lines, they do not fight for the same
 // sets of L1. The image is read and written once: 4 (C + C_out) bytes per pixel forward and 4 (2 C + C_out) backward.
 // Bound: C * C_out multiply-adds per pixel forward and twice that backward, one instruction per cycle; at C of 16 and
@@ -55,13 +57,16 @@ void each_image(TensorList images, int64_t begin, int64_t end, F f) {
 }
 
 // c = a b + addend in stretches of about kDepth of the rows of b, which block(first row, rows) makes available.
-template <typename T, typename Block>
+// ahead(first row, rows, calls) is what to ask the memory system for meanwhile.
+template <typename T, typename Block, typename Ahead>
 void multiply_in_stretches(Matrix<const T> a, Block block, Matrix<T> c, int64_t rows, int64_t columns, int64_t depth,
-                           Addend<T> addend) {
+                           Addend<T> addend, Ahead ahead) {
   const int64_t stretch = ceil_div(depth, ceil_div(depth, kDepth));
   for (int64_t k = 0; k < depth; k += stretch) {
     const int64_t steps = std::min(stretch, depth - k);
-    multiply<T>(a.from(0, k), block(k, steps), c, rows, columns, steps, k == 0 ? addend : Addend<T>{c});
+    const Matrix<const T> b = block(k, steps);
+    multiply<T>(a.from(0, k), b, c, rows, columns, steps, k == 0 ? addend : Addend<T>{c},
+                ahead(k, steps, idle_calls<T>(rows, columns, steps)));
   }
 }
 
@@ -125,8 +130,20 @@ void forward(TensorList x, const Tensor& weight, const OptionalTensor& bias, con
             });
             return Matrix<const T>{packed.get(), row};
           };
+          const auto ahead = [&](int64_t c, int64_t channels, int64_t calls) {
+            const bool last = c + channels >= p.channels, in_place = p.channels <= kDepth;
+            Prefetches next;
+            const int64_t from_channel = last ? 0 : c + channels;
+            each_image(x, from_channel, from_channel + channels, [&](size_t i, int64_t from, int64_t at, int64_t taken) {
+              const auto source = pixels.from<const S>(x[i], index, last ? n + columns : n).from(from, 0);
+              if (at == 0) next.first = Prefetch(source, taken, columns, calls);
+            });
+            const auto written = pixels.from<S>(out, index, in_place ? n + columns : n).from(o, 0);
+            if (last) next.second = Prefetch(written, count, columns, calls, true);
+            return next;
+          };
           const Addend<T> biases = bias ? Addend<T>{{ones.data(), 0}, bias->const_data_ptr<T>() + o} : Addend<T>{};
-          multiply_in_stretches<T>(p.weight(first).from(o, 0), block, to, count, columns, p.channels, biases);
+          multiply_in_stretches<T>(p.weight(first).from(o, 0), block, to, count, columns, p.channels, biases, ahead);
         });
       });
     }
@@ -175,16 +192,31 @@ void backward(const Tensor& grad_out, TensorList x, const Tensor& weight, const 
             copy_tile<S, T>(source, x_t.from(0, at).transposed(), taken, columns);
           });
           const auto pixels_from = [&](int64_t i, int64_t) { return x_t.from(i, 0); };
+          const auto ahead = [&](int64_t i, int64_t pixels_ahead, int64_t calls) {
+            Prefetches next;
+            each_image(x, c, c + count, [&](size_t image, int64_t from, int64_t at, int64_t taken) {
+              if (at > 0 || !results.x[image].defined()) return;
+              const auto written = pixels.from<S>(results.x[image], index, n + i).from(from, 0);
+              next.first = Prefetch(written, taken, pixels_ahead, calls, true);
+            });
+            return next;
+          };
           const auto to = grad_weight.from(0, c);
-          multiply_in_stretches<T>(grad, pixels_from, to, p.outputs, count, columns, {to});
+          multiply_in_stretches<T>(grad, pixels_from, to, p.outputs, count, columns, {to}, ahead);
         }
         each_image(x, c_begin, c_end, [&](size_t i, int64_t from, int64_t at, int64_t taken) {
           if (!results.x[i].defined()) return;
           const auto target = pixels.from<S>(results.x[i], index, n).from(from, 0);
           const auto outputs_from = [&](int64_t o, int64_t) { return grad.from(o, 0); };
+          const auto ahead = [&](int64_t o, int64_t outputs, int64_t calls) {
+            const auto next_grad = pixels.from<const S>(grad_out, index, n + columns).from(o, 0);
+            const auto next_x = pixels.from<const S>(x[i], index, n + columns).from(from + o * taken / p.outputs, 0);
+            return Prefetches{Prefetch(next_grad, outputs, columns, calls),
+                              Prefetch(next_x, ceil_div(outputs * taken, p.outputs), columns, calls)};
+          };
           write_once<S, T>(target, taken, columns, p.outputs, {sums.get(), row}, [&](Matrix<T> to) {
             const auto weight_t = p.weight(first).transposed().from(c_begin + at, 0);
-            multiply_in_stretches<T>(weight_t, outputs_from, to, taken, columns, p.outputs, {});
+            multiply_in_stretches<T>(weight_t, outputs_from, to, taken, columns, p.outputs, {}, ahead);
           });
         });
       };
