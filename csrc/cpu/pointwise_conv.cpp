@@ -20,6 +20,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <functional>
+
 #include "image_pixels.h"
 #include "tile_gemm.h"
 
@@ -153,76 +155,110 @@ void forward(TensorList x, const Tensor& weight, const OptionalTensor& bias, con
 // What backward makes. A share is the gradients of weight and bias from some of the pixels of a weight.
 struct Results {
   std::vector<Tensor> x;  // those not wanted are undefined
-  Tensor shares;  // weights x shares x (outputs * channels + outputs)
+  Tensor shares;  // weights x shares x (outputs * channels, if the weight's is wanted, + outputs)
   bool weight, bias;
+};
+
+// Backward of the tiles that one thread has, for some of the input's channels.
+template <typename S>
+class BackwardTiles {
+  using T = Accumulate<S>;
+
+ public:
+  BackwardTiles(const Tensor& grad_out, TensorList x, const Tensor& weight, const Pixels& pixels, const Results& results,
+                int64_t most_channels)
+      : grad_out_(grad_out), x_(x), pixels_(pixels), results_(results), p_(grad_out, weight), row_(pitch(pixels.tile())),
+        across_(std::min(most_channels, kColumns)), grads_(p_.outputs * row_), transposed_(pixels.tile() * pitch(across_)),
+        sums_(most_channels * row_) {}
+
+  // What follows is of these channels, and its share of the gradients of weight and bias starts from zero.
+  void start(int64_t begin, int64_t end, T* share) {
+    begin_ = begin, end_ = end, of_weight_ = share;
+    of_bias_ = share + (results_.weight ? p_.outputs * p_.channels : 0);
+    for (int64_t o = 0; results_.weight && o < p_.outputs; ++o)
+      std::fill(of_weight_ + o * p_.channels + begin, of_weight_ + o * p_.channels + end, T(0));
+    if (begin == 0) std::fill_n(of_bias_, p_.outputs, T(0));
+  }
+
+  void operator()(int64_t index, int64_t n, int64_t columns, int64_t first) const {
+    copy_tile<S, T>(pixels_.from<const S>(grad_out_, index, n), grad(), p_.outputs, columns);
+    if (results_.bias && begin_ == 0)
+      for (int64_t o = 0; o < p_.outputs; ++o)
+        of_bias_[o] += at::vec::reduce_all<T>([](auto a, auto b) { return a + b; }, grads_.get() + o * row_, columns);
+    for (int64_t c = begin_; results_.weight && c < end_; c += across_)
+      add_to_weight(index, n, columns, c, std::min(across_, end_ - c));
+    each_image(x_, begin_, end_, [&](size_t i, int64_t from, int64_t at, int64_t taken) {
+      const auto weight = p_.weight(first).transposed().from(begin_ + at, 0);
+      if (results_.x[i].defined()) make_image(index, n, columns, i, from, taken, weight);
+    });
+  }
+
+ private:
+  Matrix<T> grad() const { return {grads_.get(), row_}; }
+
+  // Adds grad_out xᵀ, for `count` channels from c on.
+  void add_to_weight(int64_t index, int64_t n, int64_t columns, int64_t c, int64_t count) const {
+    const Matrix<T> x_t{transposed_.get(), pitch(across_)}, to{of_weight_ + c, p_.channels};
+    each_image(x_, c, c + count, [&](size_t i, int64_t from, int64_t at, int64_t taken) {
+      const auto source = pixels_.from<const S>(x_[i], index, n).from(from, 0);
+      copy_tile<S, T>(source, x_t.from(0, at).transposed(), taken, columns);
+    });
+    const auto block = [&](int64_t i, int64_t) { return x_t.from(i, 0); };
+    const auto ahead = [&](int64_t i, int64_t stretch, int64_t calls) {
+      Prefetches next;
+      each_image(x_, c, c + count, [&](size_t image, int64_t from, int64_t at, int64_t taken) {
+        if (at > 0 || !results_.x[image].defined()) return;
+        const auto written = pixels_.from<S>(results_.x[image], index, n + i).from(from, 0);
+        next.first = Prefetch(written, taken, stretch, calls, true);
+      });
+      return next;
+    };
+    multiply_in_stretches<T>(grad(), block, to, p_.outputs, count, columns, {to}, ahead);
+  }
+
+  // weightᵀ grad_out for `count` channels of image i.
+  void make_image(int64_t index, int64_t n, int64_t columns, size_t i, int64_t channel, int64_t count,
+                  Matrix<const T> weight) const {
+    const auto block = [&](int64_t o, int64_t) { return grad().from(o, 0); };
+    const auto ahead = [&](int64_t o, int64_t outputs, int64_t calls) {
+      const int64_t from = o * count / p_.outputs, to = (o + outputs) * count / p_.outputs;  // the same part of x
+      const auto next_grad = pixels_.from<const S>(grad_out_, index, n + columns).from(o, 0);
+      const auto next_x = pixels_.from<const S>(x_[i], index, n + columns).from(channel + from, 0);
+      return Prefetches{Prefetch(next_grad, outputs, columns, calls), Prefetch(next_x, to - from, columns, calls)};
+    };
+    const auto target = pixels_.from<S>(results_.x[i], index, n).from(channel, 0);
+    write_once<S, T>(target, count, columns, p_.outputs, {sums_.get(), row_}, [&](Matrix<T> to) {
+      multiply_in_stretches<T>(weight, block, to, count, columns, p_.outputs, {}, ahead);
+    });
+  }
+
+  const Tensor& grad_out_;
+  TensorList x_;
+  const Pixels& pixels_;
+  const Results& results_;
+  Problem<T> p_;
+  int64_t row_, across_, begin_ = 0, end_ = 0;
+  T *of_weight_ = nullptr, *of_bias_ = nullptr;
+  Scratch<T> grads_, transposed_, sums_;
 };
 
 template <typename S>
 void backward(const Tensor& grad_out, TensorList x, const Tensor& weight, const Pixels& pixels, const Results& results) {
   using T = Accumulate<S>;
   const Problem<T> p(grad_out, weight);
-  const int64_t row = pitch(pixels.tile()), weights = results.shares.size(0), shares = results.shares.size(1);
+  const int64_t weights = results.shares.size(0), shares = results.shares.size(1), size = results.shares.size(2);
   const int64_t count_parts = parts(weights * shares, 2 * p.work(), p.channels), tasks = weights * shares * count_parts;
   const int64_t part = ceil_div(p.channels, count_parts), runs = pixels.tasks() / std::max<int64_t>(weights, 1);
   const int64_t grain = std::max<int64_t>(1, kGrain * tasks / std::max<int64_t>(1, 2 * p.work()));
   at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    const int64_t across = std::min(part, kColumns), x_row = pitch(across);
-    Scratch<T> grads(p.outputs * row), transposed(pixels.tile() * x_row), sums(part * row);
-    const Matrix<T> grad{grads.get(), row}, x_t{transposed.get(), x_row};
+    BackwardTiles<S> tiles(grad_out, x, weight, pixels, results, part);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t c_begin = task % count_parts * part, c_end = std::min(c_begin + part, p.channels);
-      const int64_t share = task / count_parts, of = share / shares;
-      T* of_weight = results.shares.mutable_data_ptr<T>() + share * results.shares.size(2);
-      T* of_bias = of_weight + p.outputs * p.channels;
-      const Matrix<T> grad_weight{of_weight, p.channels};
-      if (results.weight)
-        for (int64_t o = 0; o < p.outputs && c_begin < c_end; ++o)
-          std::fill(of_weight + o * p.channels + c_begin, of_weight + o * p.channels + c_end, T(0));
-      if (results.bias && c_begin == 0) std::fill_n(of_bias, p.outputs, T(0));
-      if (c_begin >= c_end) continue;
-      const auto tile = [&](int64_t index, int64_t n, int64_t columns, int64_t first) {
-        copy_tile<S, T>(pixels.from<const S>(grad_out, index, n), grad, p.outputs, columns);
-        if (results.bias && c_begin == 0)
-          for (int64_t o = 0; o < p.outputs; ++o)
-            of_bias[o] += at::vec::reduce_all<T>([](auto a, auto b) { return a + b; }, grads.get() + o * row, columns);
-        for (int64_t c = c_begin; results.weight && c < c_end; c += across) {
-          const int64_t count = std::min(across, c_end - c);
-          each_image(x, c, c + count, [&](size_t i, int64_t from, int64_t at, int64_t taken) {
-            const auto source = pixels.from<const S>(x[i], index, n).from(from, 0);
-            copy_tile<S, T>(source, x_t.from(0, at).transposed(), taken, columns);
-          });
-          const auto pixels_from = [&](int64_t i, int64_t) { return x_t.from(i, 0); };
-          const auto ahead = [&](int64_t i, int64_t pixels_ahead, int64_t calls) {
-            Prefetches next;
-            each_image(x, c, c + count, [&](size_t image, int64_t from, int64_t at, int64_t taken) {
-              if (at > 0 || !results.x[image].defined()) return;
-              const auto written = pixels.from<S>(results.x[image], index, n + i).from(from, 0);
-              next.first = Prefetch(written, taken, pixels_ahead, calls, true);
-            });
-            return next;
-          };
-          const auto to = grad_weight.from(0, c);
-          multiply_in_stretches<T>(grad, pixels_from, to, p.outputs, count, columns, {to}, ahead);
-        }
-        each_image(x, c_begin, c_end, [&](size_t i, int64_t from, int64_t at, int64_t taken) {
-          if (!results.x[i].defined()) return;
-          const auto target = pixels.from<S>(results.x[i], index, n).from(from, 0);
-          const auto outputs_from = [&](int64_t o, int64_t) { return grad.from(o, 0); };
-          const auto ahead = [&](int64_t o, int64_t outputs, int64_t calls) {
-            const auto next_grad = pixels.from<const S>(grad_out, index, n + columns).from(o, 0);
-            const auto next_x = pixels.from<const S>(x[i], index, n + columns).from(from + o * taken / p.outputs, 0);
-            return Prefetches{Prefetch(next_grad, outputs, columns, calls),
-                              Prefetch(next_x, ceil_div(outputs * taken, p.outputs), columns, calls)};
-          };
-          write_once<S, T>(target, taken, columns, p.outputs, {sums.get(), row}, [&](Matrix<T> to) {
-            const auto weight_t = p.weight(first).transposed().from(c_begin + at, 0);
-            multiply_in_stretches<T>(weight_t, outputs_from, to, taken, columns, p.outputs, {}, ahead);
-          });
-        });
-      };
-      const int64_t i = share % shares;
-      for (int64_t run = of * runs + i * runs / shares; run < of * runs + (i + 1) * runs / shares; ++run)
-        pixels.tiles(run, tile);
+      const int64_t c = task % count_parts * part, share = task / count_parts, i = share % shares;
+      if (c >= p.channels) continue;
+      tiles.start(c, std::min(c + part, p.channels), results.shares.mutable_data_ptr<T>() + share * size);
+      const int64_t first = share / shares * runs;  // of the weight
+      for (int64_t run = first + i * runs / shares; run < first + (i + 1) * runs / shares; ++run)
+        pixels.tiles(run, std::cref(tiles));
     }
   });
 }
@@ -277,19 +313,20 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> pointwise_conv_backward(const Te
   const int64_t runs = pixels.tasks() / std::max<int64_t>(of, 1);
   const int64_t most = std::clamp<int64_t>(runs, 1, kMostShares);
   const int64_t shares = std::clamp<int64_t>(kElementsOfShares / (outputs * channels), 1, most);
-  results.shares = at::empty({of, shares, outputs * channels + outputs}, weights.options());
+  const int64_t of_weight = results.weight ? outputs * channels : 0;
+  results.shares = at::empty({of, shares, of_weight + outputs}, weights.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad_out.scalar_type(), "pointwise_conv_backward",
                                   [&] { backward<scalar_t>(grad_out, x, weights, pixels, results); });
-  const Tensor none = at::empty({0}, weight.options());
+  Tensor grad_weight = at::empty({0}, weight.options()), grad_bias = at::empty({0}, weight.options());
   for (Tensor& grad : results.x)
     if (!grad.defined()) grad = at::empty({0}, weight.options());
-  Tensor grad_weight = none, grad_bias = none.clone();
-  AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "pointwise_conv_shares", [&] {
-    const Tensor sums = added_up<scalar_t>(results.shares);
+  if (results.weight || results.bias) {
+    const bool wide = weights.scalar_type() == at::kDouble;
+    const Tensor sums = wide ? added_up<double>(results.shares) : added_up<float>(results.shares);
     if (results.weight)
-      grad_weight = sums.narrow(1, 0, outputs * channels).to(weight.scalar_type()).contiguous().view(weight.sizes());
-    if (results.bias) grad_bias = sums.narrow(1, outputs * channels, outputs).sum(0).to(weight.scalar_type());
-  });
+      grad_weight = sums.narrow(1, 0, of_weight).to(weight.scalar_type()).contiguous().view(weight.sizes());
+    if (results.bias) grad_bias = sums.narrow(1, of_weight, outputs).sum(0).to(weight.scalar_type());
+  }
   return {results.x, grad_weight, grad_bias};
 }
 
