@@ -2,7 +2,7 @@
 
 ``python benchmarks/steps.py`` measures all steps, ``python benchmarks/steps.py elf panet`` those of some
 networks, into benchmarks/results/steps/<machine>.json; both write the page. ``--table`` only writes the
-page.
+page. ``--compile`` times torch.compile of eager PyTorch too: compiling takes minutes for every network.
 """
 
 from __future__ import annotations
@@ -10,60 +10,120 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from restore_kernels.profiling.machine import processor_name
+from restore_nets import figures
 from restore_nets.attribution import OUTSIDE
 from restore_nets.files import write_text
+from restore_nets.loss_curves import STEPS as CURVE_STEPS
+from restore_nets.loss_curves import LossCurves, loss_curves
 from restore_nets.models import list_models
 from restore_nets.profile_report import kind_seconds, memory
-from restore_nets.profiling import EAGER, OURS, Step, profile_step
+from restore_nets.profiling import (
+    COMPILED,
+    EAGER,
+    EAGER_LAST,
+    MIN_RUNS,
+    OURS,
+    OURS_BF16,
+    WAYS,
+    Step,
+    baseline,
+    profile_step,
+)
 from restore_nets.training import PHASES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "steps"
 PAGE = ROOT / "docs" / "training.md"
 STEPS = (
-    Step("drsformer", 128), Step("ddsa", 128), Step("elf", 128), Step("association", 128), Step("panet", 48),
-    Step("pa_edsr", 48),
+    Step("association", 128), Step("ddsa", 128), Step("drsformer", 128), Step("elf", 128),
+    Step("pa_edsr", 48), Step("panet", 48), Step("panet", 96),
 )  # fmt: skip
+# Eager PyTorch needs gigabytes and half a minute for a step of this one.
+FEW_RUNS = {"panet 96x96": 2}
+CURVE_SIZE = 32  # of the images of the loss curves: 100 steps of every network
 LARGEST = 6  # operators of each network that the page names
 
-INTRODUCTION = """\
+INTRODUCTION = f"""\
 # Where a training step spends its time
 
-`python benchmarks/steps.py` measures, `python benchmarks/steps.py --table` writes this page, and
+`python benchmarks/steps.py --compile` measures, `python benchmarks/steps.py --table` writes this page, and
 `restore-nets profile --model drsformer --size 128 --batch 1` shows the same, and more, of one network on your
 machine. A step is the trainer's: forward, loss, backward, clipping of the gradients, AdamW, at the published
 size of the network, in float32. "Ours" and eager PyTorch are the same network with the fused operators and
-with `backend="eager"`; they take turns in one process. Times are medians (20th to 80th percentile); kinds of
-operators are from the quickest of three steps under torch.profiler, so a little slower.
+with `backend="eager"`; they take turns in one process. Eager PyTorch is measured with images and weights in
+NCHW and in channels_last; "eager" is the quicker one. torch.compile compiles eager PyTorch, whole and for
+this one size. Times are medians (20th to 80th percentile); kinds of operators are from the quickest of three
+steps under torch.profiler, so a little slower.
 
 A kind has all that its operators call inside, and a gradient counts where the forward operator does that made
 it. Dense convolutions are 3x3; depthwise ones are 3x3 to 7x7; grouped ones have two inputs and one output
 each. "Other" is concatenation, addition, resizing, pixel shuffling, linear layers, the loss, and Python
-between operators."""
+between operators.
+
+Before it is timed, the loss and the gradient of every alternative are held to those of eager PyTorch: in
+float32 to a multiple of what moving the weights by one rounding does to them, in bf16 to twice what bf16 does
+to them in eager PyTorch. The losses are those of {CURVE_STEPS} steps, a whole schedule, on crops of photos of
+{CURVE_SIZE}x{CURVE_SIZE}, from one seed. "By rounding" is what moving every weight of eager PyTorch by one
+unit in the last place before every step does."""
 
 
-def measure(names: list[str]) -> Path:
+def measure(models: list[str], compiled: bool) -> Path:
     """Measure the steps of these networks, and keep those of the others that the file has."""
     machine = re.sub(r"[^a-z0-9]+", "-", processor_name().lower()).strip("-")
     path = RESULTS / f"{machine}.json"
     results = json.loads(path.read_text()) if path.exists() else []
     for step in STEPS:
-        if step.model not in names:
+        if step.model not in models:
             continue
-        result = profile_step(step, on_stage=lambda stage, step=step: print(step.model, stage, flush=True))
-        results = [other for other in results if other["step"]["model"] != step.model] + [result]
-        results.sort(key=lambda result: list_models().index(result["step"]["model"]))
+
+        def say(stage: str, step: Step = step) -> None:
+            print(f"{time.strftime('%X')} {_name(asdict(step))}: {stage}", flush=True)
+
+        result = profile_step(
+            step, tuple(WAYS), min_runs=FEW_RUNS.get(_name(asdict(step)), MIN_RUNS), on_stage=say
+        )
+        if step.model not in [earlier.model for earlier in STEPS[: STEPS.index(step)]]:
+            result["losses"] = loss_curves(Step(step.model, CURVE_SIZE), on_stage=say).data()
+        results = [other for other in results if _name(other["step"]) != _name(result["step"])] + [result]
+        results.sort(key=lambda result: (result["step"]["model"], result["step"]["size"]))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(results, indent=1) + "\n")
     return path
 
 
+def _name(step: dict[str, Any]) -> str:
+    return f"{step['model']} {step['size']}x{step['size']}"
+
+
+def write_page() -> None:
+    write_text(PAGE, page())
+    for path in RESULTS.glob("*.json"):
+        panels = {
+            model: {EAGER: curve.agreement.eager, OURS: curve.ours, OURS_BF16: curve.narrow}
+            for model, curve in _curves(json.loads(path.read_text())).items()
+        }
+        if panels:
+            write_text(_figure(path), figures.svg(figures.loss_panels(panels)))
+
+
+def _figure(path: Path) -> Path:
+    return PAGE.with_name(f"losses-{path.stem}.svg")
+
+
 def page() -> str:
-    parts = [machine_tables(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    parts = []
+    for path in sorted(RESULTS.glob("*.json")):
+        results = json.loads(path.read_text())
+        parts.append(machine_tables(results))
+        if _curves(results):
+            parts.append(f"![Losses in float32 and bf16, ours and eager]({_figure(path).name})")
     return "\n\n".join([INTRODUCTION, *parts]) + "\n"
 
 
@@ -72,36 +132,83 @@ def machine_tables(results: list[dict[str, Any]]) -> str:
     machine = results[0]["machine"]
     name = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
     lines = [f"## {name}, torch {machine['torch']}", "", *_step_table(results)]
-    for alternative in (OURS, EAGER):
-        lines += ["", f"### Kinds of operators, {alternative}: ms (share of the step)", ""]
-        lines += _kind_table(results, alternative)
-    return "\n".join([*lines, "", "### Largest operators, ours: ms in themselves", "", *_operators(results)])
+    lines += ["", "### Phases and memory", "", *_phase_table(results)]
+    for heading, which in (("ours", lambda rows: OURS), ("eager", baseline)):
+        lines += ["", f"### Kinds of operators, {heading}: ms (share of the step)", ""]
+        lines += _kind_table(results, which)
+    lines += ["", "### Largest operators, ours: ms in themselves", "", *_operators(results)]
+    return "\n".join([*lines, "", f"### Losses of {CURVE_STEPS} steps", "", *_loss_table(results)])
 
 
 def _step_table(results: list[dict[str, Any]]) -> list[str]:
-    columns = ("network", "image", "ours", "eager", "against eager", *PHASES, "memory, ours", "memory, eager")
+    columns = (
+        "network, image", "ours", "eager", "against eager", "eager, the slower format", "torch.compile",
+        "against torch.compile", "ours, bf16", "against ours",
+    )  # fmt: skip
     lines = _head(columns)
     for result in results:
-        step, rows = result["step"], result["alternatives"]
-        image = f"{step['batch']}x3x{step['size']}x{step['size']}"
-        if OURS not in rows:
-            lines.append(_line(step["model"], image, f"wrong: {result['wrong'][OURS]}", *[""] * 8))
-            continue
-        ours, eager = rows[OURS], rows[EAGER]
-        phases = (f"{ours['phases'][phase]['share']:.1%}" for phase in PHASES)
-        ratio = f"{eager['median'] / ours['median']:.2f}x"
-        times = (_spread(ours), _spread(eager), ratio)
-        lines.append(_line(step["model"], image, *times, *phases, memory(ours), memory(eager)))
-    missing = {step.model for step in STEPS} - {result["step"]["model"] for result in results}
-    lines += [_line(name, "not measured", *[""] * 9) for name in sorted(missing)]
+        rows, name = result["alternatives"], _name(result["step"])
+        eager = baseline(rows)
+        slower = EAGER_LAST if eager == EAGER else EAGER
+        ratios = [_ratio(rows, OURS, eager), _ratio(rows, OURS, COMPILED), _ratio(rows, OURS_BF16, OURS)]
+        cells = {which: _spread(result, which) for which in WAYS}
+        times = (cells[OURS], cells[eager], ratios[0], cells[slower], cells[COMPILED], ratios[1])
+        lines.append(_line(name, *times, cells[OURS_BF16], ratios[2]))
+    measured = {_name(result["step"]) for result in results}
+    missing = [_name(asdict(step)) for step in STEPS if _name(asdict(step)) not in measured]
+    lines += [_line(name, "not measured", *[""] * 7) for name in missing]
+    wrong = [
+        f"- {_name(result['step'])}, {which}: {why}"
+        for result in results
+        for which, why in result["wrong"].items()
+    ]
+    return [*lines, *(["", *wrong] if wrong else [])]
+
+
+def _ratio(rows: dict[str, Any], quick: str, slow: str) -> str:
+    return f"{rows[slow]['median'] / rows[quick]['median']:.2f}x" if quick in rows and slow in rows else ""
+
+
+def _phase_table(results: list[dict[str, Any]]) -> list[str]:
+    lines = _head(("network, image", *PHASES, "memory, ours", "memory, eager"))
+    for result in results:
+        rows = result["alternatives"]
+        if OURS in rows:
+            phases = (f"{rows[OURS]['phases'][phase]['share']:.1%}" for phase in PHASES)
+            peaks = memory(rows[OURS]), memory(rows[baseline(rows)])
+            lines.append(_line(_name(result["step"]), *phases, *peaks))
     note = (
         "Phases are shares of our step; memory is a step's peak beyond weights, gradients and AdamW's state."
     )
     return [*lines, "", note]
 
 
-def _kind_table(results: list[dict[str, Any]], alternative: str) -> list[str]:
-    found = {result["step"]["model"]: result["alternatives"].get(alternative) for result in results}
+def _curves(results: list[dict[str, Any]]) -> dict[str, LossCurves]:
+    return {r["step"]["model"]: LossCurves.of(r["losses"]) for r in results if "losses" in r}
+
+
+def _loss_table(results: list[dict[str, Any]]) -> list[str]:
+    columns = (
+        "network", "first loss", "last loss", "largest difference from eager", "by rounding",
+        "steps without difference", "by rounding", "verdict", "largest difference of bf16",
+    )  # fmt: skip
+    lines = _head(columns)
+    curves = _curves(results)
+    for model, curve in curves.items():
+        agreement = curve.agreement
+        lines.append(_line(
+            model, f"{curve.ours[0]:.4f}", f"{curve.ours[-1]:.4f}", f"{max(agreement.differences):.1e}",
+            f"{agreement.largest_noise:.1e}", str(agreement.agreeing_steps),
+            str(agreement.noise_agreeing_steps), "follows" if agreement.passed else "does NOT follow",
+            f"{curve.largest_narrow_difference:.1e}",
+        ))  # fmt: skip
+    missing = [name for name in list_models() if name not in curves]
+    return lines + [_line(name, "not measured", *[""] * 7) for name in missing]
+
+
+def _kind_table(results: list[dict[str, Any]], which: Callable[[dict[str, Any]], str]) -> list[str]:
+    alternatives = {_name(result["step"]): result["alternatives"] for result in results}
+    found = {name: rows.get(which(rows)) for name, rows in alternatives.items()}
     breakdowns = {model: row["breakdown"] for model, row in found.items() if row is not None}
     by_model = {model: kind_seconds(breakdown) for model, breakdown in breakdowns.items()}
     lines = _head(("kind", *breakdowns))
@@ -126,12 +233,16 @@ def _operators(results: list[dict[str, Any]]) -> list[str]:
             f"{name} {seconds * 1e3:,.1f}" + ("" if name == OUTSIDE else f" ({calls} calls)")
             for name, (calls, seconds) in largest
         )
-        lines.append(f"- {result['step']['model']}: {', '.join(named)}")
+        lines.append(f"- {_name(result['step'])}: {', '.join(named)}")
     return lines
 
 
-def _spread(row: dict[str, Any]) -> str:
-    return f"{row['median'] * 1e3:,.0f} ms ({row['p20'] * 1e3:,.0f} to {row['p80'] * 1e3:,.0f})"
+def _spread(result: dict[str, Any], which: str) -> str:
+    if which not in result["alternatives"]:
+        return "wrong" if which in result["wrong"] else "not measured"
+    row = result["alternatives"][which]
+    times = f"{row['median'] * 1e3:,.0f} ms ({row['p20'] * 1e3:,.0f} to {row['p80'] * 1e3:,.0f})"
+    return f"{times}, {row['memory_format']}"
 
 
 def _head(columns: tuple[str, ...]) -> list[str]:
@@ -145,13 +256,14 @@ def _line(*cells: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure training steps and write docs/training.md.")
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(list_models())}; all")
+    parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes each")
     parser.add_argument("--table", action="store_true", help="only write the page")
     args = parser.parse_args()
     if unknown := set(args.models) - set(list_models()):
         parser.error(f"MODEL must be of {', '.join(list_models())}; got {', '.join(sorted(unknown))}")
     if not args.table:
-        print(f"wrote {measure(args.models or list_models())}")
-    write_text(PAGE, page())
+        print(f"wrote {measure(args.models or list_models(), args.compile)}")
+    write_page()
     print(f"wrote {PAGE.relative_to(ROOT)}")
 
 

@@ -15,8 +15,19 @@ from torch import nn
 from restore_kernels.nn import DepthwiseConv2d
 from restore_nets import cli, list_models, profiling
 from restore_nets.attribution import KINDS, OUTSIDE, break_down, convolution_kind
+from restore_nets.loss_curves import loss_curves
 from restore_nets.profile_report import kind_seconds, page, tables, title
-from restore_nets.profiling import EAGER, OURS, Alternative, Step, profile_step
+from restore_nets.profiling import (
+    COMPILED,
+    EAGER,
+    EAGER_LAST,
+    OURS,
+    OURS_BF16,
+    Alternative,
+    Step,
+    baseline,
+    profile_step,
+)
 from restore_nets.training import PHASES
 
 ROOT = Path(__file__).parents[1]
@@ -141,10 +152,13 @@ def test_convolution_kinds(weight, kind):
 
 
 def test_a_result(result):
-    assert result["wrong"] == {} and list(result["alternatives"]) == [EAGER, OURS]
-    eager, ours = result["alternatives"].values()
-    assert ours["loss"] == pytest.approx(eager["loss"], rel=1e-6)
-    for row in (eager, ours):
+    assert result["wrong"] == {} and list(result["alternatives"]) == [EAGER, EAGER_LAST, OURS]
+    rows = result["alternatives"]
+    ours, eager = rows[OURS], rows[baseline(rows)]
+    assert eager["median"] == min(rows[EAGER]["median"], rows[EAGER_LAST]["median"])
+    assert [row["memory_format"] for row in rows.values()] == ["NCHW", "channels_last", "NCHW"]
+    for row in rows.values():
+        assert row["loss"] == pytest.approx(ours["loss"], rel=1e-6)
         assert row["runs"] >= profiling.MIN_RUNS and 0 < row["p20"] <= row["median"] <= row["p80"]
         assert sum(phase["share"] for phase in row["phases"].values()) == pytest.approx(1)
         together = sum(phase["median"] for phase in row["phases"].values())
@@ -163,8 +177,9 @@ def test_the_report_shows_all_of_it(result):
     assert text.count("<svg") == 2 and not re.search(r'(src|href)="(?!#|data:)', text)
     assert "1x3x16x16" in title(result)
     steps, kinds, modules, operators = tables(result)
-    assert [row[0] for row in steps.rows] == [EAGER, OURS]
-    assert {row[0] for row in kinds.rows} == set(kind_seconds(result["alternatives"][EAGER]["breakdown"]))
+    rows = result["alternatives"]
+    assert [row[0] for row in steps.rows] == [EAGER, EAGER_LAST, OURS]
+    assert {row[0] for row in kinds.rows} == set(kind_seconds(rows[baseline(rows)]["breakdown"]))
     assert {"TransformerBlock", "topk_attention"} <= {row[0] for row in modules.rows}
     assert OUTSIDE in {row[0] for row in operators.rows}
     for table in (steps, kinds, modules, operators):
@@ -188,17 +203,48 @@ def test_a_wrong_gradient_gets_no_times(dtype, monkeypatch):
     assert profiling._check(step, {n: Alternative(step, n) for n in (EAGER, OURS)})[1] == {}
     monkeypatch.setattr(Alternative, "__call__", faulty)
     result = profile_step(step, seconds=0.0)
-    assert list(result["alternatives"]) == [EAGER]
+    assert list(result["alternatives"]) == [EAGER, EAGER_LAST]
     assert "gradient differs" in result["wrong"][OURS]
-    assert "wrong: gradient" in tables(result)[0].rows[1][1]
+    assert "wrong: gradient" in tables(result)[0].rows[2][1]
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_bf16_beside_float32_is_judged_by_what_bf16_does_in_eager(name, monkeypatch):
+    """A gradient half as large again is wrong; what bf16 itself does to one is not."""
+    step = tiny(name)
+    alternatives = {which: Alternative(step, which) for which in (EAGER, OURS_BF16)}
+    losses, wrong = profiling._check(step, alternatives)
+    assert wrong == {} and losses[OURS_BF16] != losses[EAGER]
+    right = Alternative.gradient
+    monkeypatch.setattr(
+        Alternative, "gradient", lambda self: right(self) * (1.5 if self.backend == "auto" else 1)
+    )
+    assert "gradient differs" in profiling._check(step, alternatives)[1][OURS_BF16]
+
+
+def test_eager_is_measured_in_both_memory_formats():
+    seen = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            seen[name] = args[0].is_contiguous(memory_format=torch.channels_last)
+
+        return hook
+
+    for name in (EAGER, EAGER_LAST, OURS):
+        alternative = Alternative(tiny("panet"), name)
+        alternative.trainer.model.body[0].register_forward_hook(keep(name))
+        alternative()
+    assert seen == {EAGER: False, EAGER_LAST: True, OURS: False}
 
 
 def test_compiled_eager_is_an_alternative(monkeypatch):
     monkeypatch.setattr(profiling, "_memory", lambda *_: None)
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: setattr(self, "was_compiled", True))
-    result = profile_step(tiny("panet"), compiled=True, seconds=0.0)
-    assert list(result["alternatives"]) == [EAGER, OURS, profiling.COMPILED]
-    assert "breakdown" not in result["alternatives"][profiling.COMPILED]
+    result = profile_step(tiny("panet"), (EAGER, OURS, COMPILED), seconds=0.0)
+    assert list(result["alternatives"]) == [EAGER, OURS, COMPILED]
+    assert "breakdown" not in result["alternatives"][COMPILED]
+    assert result["alternatives"][COMPILED]["peak_extra_bytes"] is None
     assert len(tables(result)[0].rows) == 3
 
 
@@ -213,7 +259,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "panet" in shown and "2x3x12x12, bf16" in shown and "attention, backward" in shown
     result = json.loads(out.read_text())
-    assert result["step"]["batch"] == 2 and result["alternatives"].keys() == {EAGER, OURS}
+    assert result["step"]["batch"] == 2 and result["alternatives"].keys() == {EAGER, EAGER_LAST, OURS}
     assert html.read_text().startswith("<!doctype html>")
 
 
@@ -246,6 +292,17 @@ def test_the_page_of_training_shows_the_results():
     assert steps.PAGE.read_text() == steps.page(), "run python benchmarks/steps.py --table"
 
 
-def test_the_table_has_a_column_for_every_network(result):
-    text = script().machine_tables([result])
-    assert "drsformer" in text and all(kind.split(" ")[0] in text for kind in KINDS)
+def test_the_page_has_all_of_a_result(result):
+    """Also what is wrong and what was not measured, and a second size of the same network."""
+    steps = script()
+    curves = loss_curves(tiny("panet"), steps=2)
+    wrong = {**result, "step": {**result["step"], "size": 24}, "wrong": {OURS_BF16: "loss differs"}}
+    text = steps.machine_tables([{**result, "losses": curves.data()}, wrong])
+    assert all(kind.split(" ")[0] in text for kind in KINDS)
+    rows = [line for line in text.splitlines() if line.startswith("| drsformer")]
+    assert rows[0].startswith("| drsformer 16x16 |") and rows[0].count("NCHW") == 2
+    assert rows[0].count("not measured") == 2 and rows[1].count("wrong") == 1
+    assert "- drsformer 24x24, ours, bf16: loss differs" in text
+    (losses,) = (line for line in rows if f"{curves.ours[0]:.4f}" in line)
+    assert " follows " in losses
+    assert {line.count("|") for line in text.splitlines() if line.startswith("| panet ")} == {10}

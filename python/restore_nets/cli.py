@@ -236,7 +236,7 @@ def profile(
 
     from restore_nets.files import check_folder, write_text
     from restore_nets.profile_report import page, print_report
-    from restore_nets.profiling import Step, profile_step
+    from restore_nets.profiling import COMPILED, EAGER, EAGER_LAST, OURS, Step, profile_step
 
     step = Step(model, size, batch, dtype, _network_options(option or []))
     for path in (out, html):
@@ -244,7 +244,8 @@ def profile(
             check_folder(path)
     console = Console()
     with console.status("starting") as status:
-        result = profile_step(step, compiled=compiled, on_stage=status.update)
+        names = (EAGER, EAGER_LAST, OURS, *([COMPILED] if compiled else []))
+        result = profile_step(step, names, on_stage=status.update)
     print_report(result, console)
     if out is not None:
         write_text(out, json.dumps(result, indent=1) + "\n")

@@ -82,6 +82,29 @@ def agreement_curve(differences: Sequence[float], noise: Sequence[Sequence[float
     return figure
 
 
+def loss_panels(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Losses over the steps, a panel for every network: name -> what computes it -> losses."""
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3 * columns + 1, 2.2 * rows + 0.4), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (name, curves) in zip(grid, panels.items(), strict=False):
+        # Curves that lie on each other are all seen: the first is the widest.
+        for width, style, (label, losses) in zip(
+            (4, 1.5, 1.5), ("-", "-", "--"), curves.items(), strict=True
+        ):
+            axes.plot(range(1, len(losses) + 1), losses, style, linewidth=width, label=label)
+        axes.set_title(name, fontsize="medium")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in grid[len(panels) :]:
+        axes.axis("off")
+    figure.supxlabel("step", fontsize="medium")
+    figure.supylabel("loss", fontsize="medium")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
 def stacked_bars(seconds: Mapping[str, Mapping[str, float]]) -> Figure:
     """A horizontal bar for every alternative, made of its parts: name -> part -> seconds."""
     parts = list(dict.fromkeys(part for bar in seconds.values() for part in bar))

@@ -27,10 +27,12 @@ class Agreement:
     Args:
         differences: of the two losses of each step, relative to eager's.
         noise: such differences of eager runs to which rounding errors were added, one list per run.
+        eager: eager's losses.
     """
 
     differences: list[float]
     noise: list[list[float]]
+    eager: list[float]
 
     @property
     def agreeing_steps(self) -> int:
@@ -87,7 +89,7 @@ def follow_losses(
     with restore_kernels.use_backend("eager"):
         eager = run(lambda model: None)
         noisy = [run(lambda model: _nudge(model, generator)) for _ in range(EAGER_RUNS - 1)]
-    return Agreement(_differences(losses, eager), [_differences(x, eager) for x in noisy])
+    return Agreement(_differences(losses, eager), [_differences(x, eager) for x in noisy], eager)
 
 
 def _nudge(model: nn.Module, generator: torch.Generator) -> None:

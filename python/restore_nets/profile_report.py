@@ -12,7 +12,7 @@ from rich.table import Table
 
 from restore_nets import figures
 from restore_nets.attribution import KINDS
-from restore_nets.profiling import EAGER, PROFILED_STEPS
+from restore_nets.profiling import PROFILED_STEPS, baseline
 from restore_nets.training import PHASES
 
 MODULES, OPERATORS = 14, 18  # rows of the tables: the largest
@@ -57,7 +57,7 @@ def kind_seconds(breakdown: dict[str, Any]) -> dict[str, float]:
 
 def _steps(result: Result) -> Rows:
     rows = []
-    eager = result["alternatives"][EAGER]["median"]
+    eager = result["alternatives"][baseline(result["alternatives"])]["median"]
     for name, row in result["alternatives"].items():
         phases = (
             f"{_ms(row['phases'][phase]['median'])} ({row['phases'][phase]['share']:.0%})" for phase in PHASES
@@ -73,7 +73,7 @@ def _steps(result: Result) -> Rows:
 
 def memory(row: dict[str, Any]) -> str:
     extra = row["peak_extra_bytes"]
-    return "unknown" if extra is None else f"{extra / 2**20:,.0f} MiB"
+    return "not measured" if extra is None else f"{extra / 2**20:,.0f} MiB"
 
 
 def _breakdowns(result: Result) -> dict[str, dict[str, Any]]:
@@ -138,10 +138,12 @@ def _ms(seconds: float) -> str:
 
 def notes(result: Result) -> list[str]:
     """What the figures are."""
+    quicker = baseline(result["alternatives"])
     profiled = (f"{name} {_ms(breakdown['seconds'])} ms" for name, breakdown in _breakdowns(result).items())
     return [
-        "Alternatives take turns in one process; medians. Kinds, modules and operators are from the "
-        f"quickest of {PROFILED_STEPS} steps under the profiler: {', '.join(profiled)}.",
+        f"Alternatives take turns in one process; medians, compared with {quicker}. Kinds, modules "
+        f"and operators are from the quickest of {PROFILED_STEPS} steps under the profiler: "
+        f"{', '.join(profiled)}.",
         "Peak memory is what a step holds at its peak beyond weights, gradients and the optimizer's state.",
     ]
 

@@ -12,14 +12,15 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from torch import nn
 
 import restore_kernels
 from restore_kernels.info import info
@@ -37,12 +38,15 @@ from restore_nets.tasks import create_task
 from restore_nets.training import PHASES, Trainer
 
 DTYPES = {"float32": "float32", "bf16": "bfloat16"}  # as for TrainingConfig.precision
-EAGER, OURS, COMPILED = "eager", "ours", "torch.compile"
+EAGER, EAGER_LAST, COMPILED = "eager", "eager, channels_last", "torch.compile"
+OURS, OURS_BF16 = "ours", "ours, bf16"
 
 SECONDS, MIN_RUNS = 10.0, 3  # of measuring, all alternatives together; steps of each at the least
 PROFILED_STEPS = 3  # of which the quickest counts: what disturbs the machine slows single operators
 # Differences from eager below this many units of the precision's rounding are none.
 FLOOR = 8.0
+# Ours and eager round to bfloat16 at other places, by errors of the same size.
+BF16_MULTIPLE = 2.0
 # The recipe's number of steps: the first of that many moves the weights by next to nothing, so that all
 # steps measured do the same work.
 RECIPE_STEPS = 100_000
@@ -77,33 +81,74 @@ class Step:
         with torch.device("meta"):
             create_model(self.model, **self.options)
 
-    def trainer(self) -> Trainer:
-        """A trainer by the recipe of the network's usual task, on noise; the same one every time."""
-        torch.manual_seed(0)
-        model = create_model(self.model, **self.options)
+    def recipe(self, model: nn.Module, steps: int) -> Recipe:
+        """The recipe of the usual task of the network, on the photos of scikit-image."""
         task = next((task for task, name in DEFAULT_MODELS.items() if name == self.model), DEFAULT_TASK)
         level = {"scale": scale_of(model)} if scale_of(model) > 1 else {}
-        recipe = Recipe(
-            {"name": self.model, **self.options}, DataRecipe(photos=SHIPPED), Path(), RECIPE_STEPS,
+        return Recipe(
+            {"name": self.model, **self.options}, DataRecipe(photos=SHIPPED), Path(), steps,
             create_task(task, **level), batch=self.batch, crop=self.size * scale_of(model),
             precision=DTYPES[self.dtype],
         )  # fmt: skip
+
+    def network(self) -> nn.Module:
+        """The same one every time."""
+        torch.manual_seed(0)
+        return create_model(self.model, **self.options)
+
+    def trainer(self) -> Trainer:
+        """A trainer by the recipe, but on noise; the same one every time."""
+        model = self.network()
+        recipe = self.recipe(model, RECIPE_STEPS)
         photo = torch.randint(256, (3, recipe.crop, recipe.crop), dtype=torch.uint8)
         data = (RECIPE_STEPS, recipe.batch, recipe.crop, recipe.seed)
         crops = synthetic_crops(recipe.task, {"noise": photo}, *data)
         return Trainer(model, crops, recipe.training_config())
 
 
+@dataclass(frozen=True)
+class Way:
+    """How an alternative computes a step.
+
+    Args:
+        backend: of the operators.
+        memory_format: of weights and images.
+        compiled: by torch.compile.
+        dtype: instead of the step's.
+    """
+
+    backend: str = "eager"
+    memory_format: torch.memory_format = torch.contiguous_format
+    compiled: bool = False
+    dtype: str | None = None
+
+
+WAYS = {
+    EAGER: Way(),
+    EAGER_LAST: Way(memory_format=torch.channels_last),
+    COMPILED: Way(compiled=True),
+    OURS: Way("auto"),
+    OURS_BF16: Way("auto", dtype="bf16"),
+}
+FORMATS = {torch.contiguous_format: "NCHW", torch.channels_last: "channels_last"}
+
+
 class Alternative:
     """One way to compute the step, called again and again on one batch; keeps the times of its phases."""
 
     def __init__(self, step: Step, name: str) -> None:
-        self.trainer = step.trainer()
-        self.backend = "auto" if name == OURS else "eager"
-        if name == COMPILED:
+        way = WAYS[name]
+        self.backend, self.memory_format = way.backend, way.memory_format
+        self.trainer = replace(step, dtype=way.dtype or step.dtype).trainer()
+        self.trainer.model.to(memory_format=way.memory_format)  # type: ignore[call-overload]
+        if way.compiled:
             self.trainer.model.compile(dynamic=False)
-        self.batch = self.trainer.crops[0]
+        self.batch = self.in_format(self.trainer.crops[0])
         self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
+
+    def in_format(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        degraded, clean = batch
+        return degraded.contiguous(memory_format=self.memory_format), clean
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -146,31 +191,38 @@ class Alternative:
                 weight.mul_(torch.where(up, 1 + epsilon, 1 - epsilon))
 
 
+def baseline(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The alternative that others are compared with: eager PyTorch in the memory format that is quicker."""
+    return min((name for name in (EAGER, EAGER_LAST) if name in rows), key=lambda name: rows[name]["median"])
+
+
 def profile_step(
-    step: Step, *, compiled: bool = False, seconds: float = SECONDS,
+    step: Step, names: Sequence[str] = (EAGER, EAGER_LAST, OURS), *,
+    seconds: float = SECONDS, min_runs: int = MIN_RUNS,
     on_stage: Callable[[str], object] = lambda stage: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a step with our operators and in eager PyTorch.
 
     Args:
         step: what to measure.
-        compiled: eager PyTorch under torch.compile too.
-        seconds: of measuring, all alternatives together; every one makes at least 3 steps.
+        names: the alternatives, of ``WAYS``; ``EAGER`` must be among them.
+        seconds: of measuring, all alternatives together.
+        min_runs: steps of each at the least.
         on_stage: called with a word or two before each part of the work.
 
     Returns:
         Plain data: the step, the machine, and per alternative the seconds of a step (median, p20, p80,
-        runs), those of its phases, its loss, its peak memory beyond weights, gradients and AdamW's state,
-        and a ``Breakdown`` (not of torch.compile, whose kernels hide it). An alternative that is wrong
-        stands under "wrong", with the reason.
+        runs), those of its phases, its loss, its memory format, and its peak memory beyond weights,
+        gradients and AdamW's state (None under torch.compile, where it would be that of compiling). Ours and
+        the ``baseline`` have a ``Breakdown`` too. An alternative that is wrong stands under "wrong", with
+        the reason.
     """
-    names = (EAGER, OURS, COMPILED) if compiled else (EAGER, OURS)
     on_stage("comparing losses and gradients")
     alternatives = {name: Alternative(step, name) for name in names}
     losses, wrong = _check(step, alternatives)
     right = {name: alternative for name, alternative in alternatives.items() if name not in wrong}
     on_stage("timing")
-    timings = interleave(right, seconds=seconds, min_runs=MIN_RUNS, warm_ups=1)
+    timings = interleave(right, seconds=seconds, min_runs=min_runs, warm_ups=1)
     result: dict[str, Any] = {
         "step": asdict(step),
         "parameters": sum(p.numel() for p in alternatives[EAGER].trainer.model.parameters()),
@@ -179,17 +231,18 @@ def profile_step(
         "wrong": wrong,
     }
     for name, alternative in right.items():
-        row = result["alternatives"][name] = {
+        result["alternatives"][name] = {
             **asdict(timings[name]), "loss": losses[name], "phases": alternative.phases(timings[name].runs),
+            "memory_format": FORMATS[alternative.memory_format],
         }  # fmt: skip
-        if name != COMPILED:
-            on_stage(f"profiling {name}")
-            row["breakdown"] = asdict(alternative.profiled(PROFILED_STEPS))
+    for name in {baseline(result["alternatives"]), OURS} & right.keys():
+        on_stage(f"profiling {name}")
+        result["alternatives"][name]["breakdown"] = asdict(right[name].profiled(PROFILED_STEPS))
     del alternatives, alternative, right  # the next processes need their memory
     gc.collect()
     for name, row in result["alternatives"].items():
         on_stage(f"peak memory of {name}")
-        row["peak_extra_bytes"] = _memory(step, name)
+        row["peak_extra_bytes"] = None if WAYS[name].compiled else _memory(step, name)
     return result
 
 
@@ -197,7 +250,7 @@ def _check(step: Step, alternatives: Mapping[str, Alternative]) -> tuple[dict[st
     """The losses of a first step of each, and why those that are wrong are.
 
     What rounding alone does to loss and gradient is measured: by an eager step whose weights are moved
-    by one unit of rounding.
+    by one unit of rounding, and for bfloat16 beside a step in float32 by an eager step in bfloat16.
     """
     epsilon = torch.finfo(getattr(torch, DTYPES[step.dtype])).eps
     losses = {name: alternative() for name, alternative in alternatives.items()}
@@ -209,13 +262,23 @@ def _check(step: Step, alternatives: Mapping[str, Alternative]) -> tuple[dict[st
 
     moved = Alternative(step, EAGER)
     moved.move_weights(epsilon)
-    noise = differences(moved, moved())
+    noise: dict[str | None, dict[str, float]] = {None: differences(moved, moved())}  # by Way.dtype
+    limits: dict[str | None, dict[str, float]] = {}
+    limits[None] = {what: max(NOISE_MULTIPLE * x, FLOOR * epsilon) for what, x in noise[None].items()}
+    if OURS_BF16 in alternatives:
+        del moved
+        narrow = Alternative(replace(step, dtype="bf16"), EAGER)
+        noise["bf16"] = differences(narrow, narrow())
+        epsilon = torch.finfo(torch.bfloat16).eps
+        limits["bf16"] = {what: max(BF16_MULTIPLE * x, epsilon) for what, x in noise["bf16"].items()}
     wrong = {}
     for name in alternatives.keys() - {EAGER}:
+        dtype = WAYS[name].dtype
         for what, difference in differences(alternatives[name], losses[name]).items():
-            if not difference <= max(NOISE_MULTIPLE * noise[what], FLOOR * epsilon):
+            if not difference <= limits[dtype][what]:
+                by_rounding = noise[dtype][what]
                 wrong[name] = (
-                    f"{what} differs by {difference:.1e} from eager's, by rounding {noise[what]:.1e}"
+                    f"{what} differs by {difference:.1e} from eager's, by rounding {by_rounding:.1e}"
                 )
     return losses, wrong
 
@@ -239,7 +302,8 @@ def print_memory(step: str, name: str, threads: str) -> None:
     batch = alternative.batch
     side = min(WARM_UP_SIDE, whole.size)
     scale = scale_of(alternative.trainer.model)
-    alternative.batch = (batch[0][..., :side, :side], batch[1][..., : side * scale, : side * scale])
+    small = (batch[0][..., :side, :side], batch[1][..., : side * scale, : side * scale])
+    alternative.batch = alternative.in_format(small)
     alternative()
     alternative.batch = batch
     print(json.dumps(peak_extra_memory(alternative, "cpu")))
