@@ -6,6 +6,9 @@
 // once for both sums over it. K² multiply-adds per element and pass: at 3x3 the memory is the floor, from 5x5 on
 // the multiplications are.
 //
+// What is activated or gated is finished row by row while it is in cache. Backward computes its sums again, for the
+// band and the rows around it that the taps reach: K² multiply-adds more instead of a tensor kept, written and read.
+//
 // Bands depend on shapes alone, and their shares of the weight's gradient are added in order, so that the result
 // is the same for any number of threads.
 #include <ATen/Dispatch.h>
@@ -122,8 +125,8 @@ struct Division {
 
 // The gate of a channel from row y of the image on, where it lies or in its plane.
 template <typename S, typename T>
-Matrix<const T> gate_rows(const Call& c, const Images<const S>& gate, const Division::Task& t, int64_t y, const Planes<T>& planes,
-                          int64_t plane, int64_t row) {
+Matrix<const T> gate_rows(const Call& c, const Images<const S>& gate, const Division::Task& t, int64_t y,
+                          const Planes<T>& planes, int64_t plane, int64_t row) {
   if (!c.gate) return {nullptr, 0};
   return rows_of(gate.from(t.group + plane), t.image, y, planes, plane, row);
 }
@@ -189,6 +192,8 @@ void backward(const Division& p, const Call& c, const Tensor& grad_out, const Op
   const auto gate_result = of_gate ? write<S>(to.gate) : Images<S>{};
   const bool packs_gate = c.gate && !is_in_place<T>(gate), stores_gate = of_gate && !is_in_place<T>(gate_result);
   const bool streamed = of_gate && streams(gate_result, to.gate.numel());
+  const bool differentiated = c.gate || c.activation != Activation::none;
+  const bool packs_grad = !differentiated || !is_in_place<T>(grads), packs_out = out && !is_in_place<T>(outputs);
   const T* weights = c.weight.const_data_ptr<T>();
   const int64_t in_reach = summed_again ? 2 * reach : reach;
   struct Own {
@@ -197,7 +202,7 @@ void backward(const Division& p, const Call& c, const Tensor& grad_out, const Op
   const auto make = [&] {
     const int64_t inputs = p.block * p.inputs;
     return Own{{p.block, p.rows, reach, p.width},
-               {out || summed_again ? p.block : 0, p.rows, reach, p.width},
+               {packs_out || summed_again ? p.block : 0, p.rows, reach, p.width},
                {packs_gate ? p.block : 0, p.rows, reach, p.width},
                {stores_gate ? p.block : 0, p.rows, 0, p.width},
                {inputs, p.rows, in_reach, p.width},
@@ -205,14 +210,15 @@ void backward(const Division& p, const Call& c, const Tensor& grad_out, const Op
   };
   p.each(make, [&](const Division::Task& t, const Own& own) {
     const Rows with_halo{t.y - reach, t.y + t.rows + reach};
-    load(grads.from(t.group), t.image, t.groups, with_halo, p.height, p.width, own.grad, 0, -reach);
+    if (packs_grad) load(grads.from(t.group), t.image, t.groups, with_halo, p.height, p.width, own.grad, 0, -reach);
     if (summed_again || of_parameters)
       load(in, t.image, t.group * p.inputs, t.groups * p.inputs, {t.y - in_reach, t.y + t.rows + in_reach}, p.height, p.width,
            own.in, -in_reach);
-    if (out) load(outputs.from(t.group), t.image, t.groups, with_halo, p.height, p.width, own.pre, 0, -reach);
+    if (packs_out) load(outputs.from(t.group), t.image, t.groups, with_halo, p.height, p.width, own.pre, 0, -reach);
     if (packs_gate) load(gate.from(t.group), t.image, t.groups, with_halo, p.height, p.width, own.gate, 0, -reach);
     const int64_t first = std::max(-reach, -t.y), last = std::min(t.rows + reach, p.height - t.y);
-    T* shares = of_parameters ? to.parameters.mutable_data_ptr<T>() + (t.image * p.bands + t.band) * to.parameters.size(1) : nullptr;
+    const int64_t task = t.image * p.bands + t.band;
+    T* shares = of_parameters ? to.parameters.mutable_data_ptr<T>() + task * to.parameters.size(1) : nullptr;
     for (int64_t g = 0; g < t.groups; ++g) {
       const int64_t channel = t.group + g, plane = g * p.inputs;
       if (summed_again)
@@ -220,12 +226,17 @@ void backward(const Division& p, const Call& c, const Tensor& grad_out, const Op
                        {element_or_zero<T>(c.bias, channel), false, false}, {own.pre.at(g, first), own.pre.pitch}, last - first,
                        p.width);
       T of_slope(0);
-      if (c.gate || c.activation != Activation::none) {
+      if (differentiated) {
         const auto rows = [&](int64_t begin, int64_t end, Matrix<T> grad_gate) {
-          return differentiate({own.pre.at(g, begin), own.pre.pitch}, gate_rows(c, gate, t, t.y + begin, own.gate, g, begin),
-                               element_or_zero<T>(c.slope, channel), {own.grad.at(g, begin), own.grad.pitch}, grad_gate,
-                               end - begin, p.width, streamed);
+          const int64_t y = t.y + begin;
+          const Matrix<const T> pre = out ? rows_of(outputs.from(channel), t.image, y, own.pre, g, begin)
+                                          : Matrix<const T>{own.pre.at(g, begin), own.pre.pitch};
+          return differentiate(pre, gate_rows(c, gate, t, y, own.gate, g, begin), element_or_zero<T>(c.slope, channel),
+                               rows_of(grads.from(channel), t.image, y, own.grad, g, begin),
+                               {own.grad.at(g, begin), own.grad.pitch}, grad_gate, end - begin, p.width, streamed);
         };
+        clear(own.grad, g, -reach, first, p.width);
+        clear(own.grad, g, last, t.rows + reach, p.width);
         rows(first, 0, {nullptr, 0});
         of_slope = rows(0, t.rows, of_gate ? rows_of(gate_result.from(channel), t.image, t.y, own.grad_gate, g, 0)
                                            : Matrix<T>{nullptr, 0});

@@ -121,6 +121,12 @@ struct Rows {
   int64_t begin, end;
 };
 
+// Rows [begin, end) of a plane.
+template <typename T>
+void clear(const Planes<T>& planes, int64_t plane, int64_t begin, int64_t end, int64_t width) {
+  for (int64_t y = begin; y < end; ++y) std::fill_n(planes.at(plane, y), width, T(0));
+}
+
 // These rows of the first `count` channels of image b come to `row` of the planes from `plane` on; those that are
 // not in [0, height) are zero.
 template <typename S, typename T>
@@ -130,8 +136,8 @@ void load(const Images<const S>& images, int64_t b, int64_t count, Rows rows, in
   const S* source = images.data + b * images.image;
   const int64_t first = std::clamp<int64_t>(0, begin, end), last = std::clamp(height, first, end);
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t y = begin; y < first; ++y) std::fill_n(planes.at(plane + i, row + y - begin), width, T(0));
-    for (int64_t y = last; y < end; ++y) std::fill_n(planes.at(plane + i, row + y - begin), width, T(0));
+    clear(planes, plane + i, row, row + first - begin, width);
+    clear(planes, plane + i, row + last - begin, row + end - begin, width);
   }
   if (images.pixel_major()) {
     for (int64_t y = first; y < last; ++y)
