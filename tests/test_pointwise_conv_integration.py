@@ -153,8 +153,8 @@ ones = torch.ones
 GOOD: dict[str, Any] = {"x": ones(2, 6, 4, 5), "weight": ones(3, 6, 1, 1), "bias": ones(3)}
 PAIR = (ones(2, 2, 4, 5), ones(2, 4, 4, 5))
 ERRORS = [
-    (TypeError, {"x": None}, "x must be a tensor or a sequence of tensors; got NoneType"),
-    (TypeError, {"x": [None]}, r"x\[0\] must be a tensor; got NoneType"),
+    (TypeError, {"x": None}, "x must be a tensor; got NoneType"),
+    (TypeError, {"x": [None]}, "x must be a tensor; got NoneType"),
     (TypeError, {"x": [PAIR[0], 1]}, r"x\[1\] must be a tensor; got int"),
     (ValueError, {"x": []}, "x must be 1 to 8 images; got 0"),
     (ValueError, {"x": [PAIR[0]] * 9}, "x must be 1 to 8 images; got 9"),

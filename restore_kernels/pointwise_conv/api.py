@@ -11,8 +11,6 @@ from restore_kernels import checks
 from restore_kernels.backends import Backend, Call, choose
 from restore_kernels.pointwise_conv import autograd, reference
 
-MOST_IMAGES = 8
-
 
 def pointwise_conv2d(
     x: Tensor | Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, *, backend: Backend = "auto"
@@ -51,28 +49,15 @@ def pointwise_conv2d(
 
 def _prepare(x: Any, weight: Any, bias: Any) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
     """Every semantic check of a call; its images and the rest, cast where autocast is on."""
-    if isinstance(x, Tensor):
-        names, images = ("x",), (x,)
-    elif isinstance(x, (list, tuple)):
-        if not 1 <= len(x) <= MOST_IMAGES:
-            raise ValueError(f"x must be 1 to {MOST_IMAGES} images; got {len(x)}")
-        names, images = tuple(f"x[{i}]" for i in range(len(x))), x
-    else:
-        raise TypeError(f"x must be a tensor or a sequence of tensors; got {type(x).__name__}")
+    images = checks.as_images(x)
     *images, weight, bias = checks.autocast(*images, weight, bias)
-    for name, image in zip(names, images, strict=True):
-        checks.floating_tensor(name, image, ("B", "C", "H", "W"))
-    first, *others = images
-    batch, _, *size = first.shape
-    for name, image in zip(names[1:], others, strict=True):
-        checks.like(name, image, first, (batch, image.shape[1], *size), names[0])
+    channels = checks.joined_images("x", images)
     per_image = isinstance(weight, Tensor) and weight.dim() == 5
     checks.floating_tensor("weight", weight, ("B",) * per_image + ("C_out", "C", "1", "1"))
-    channels = sum(image.shape[1] for image in images)
-    outputs = weight.shape[-4]
-    checks.like("weight", weight, first, (batch,) * per_image + (outputs, channels, 1, 1), names[0])
+    outputs, first = weight.shape[-4], images[0]
+    checks.like("weight", weight, first, (first.shape[0],) * per_image + (outputs, channels, 1, 1), "x")
     if bias is not None:
-        checks.like("bias", bias, first, (outputs,), names[0])
+        checks.like("bias", bias, first, (outputs,), "x")
     return tuple(images), weight, bias
 
 
