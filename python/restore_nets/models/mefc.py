@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -85,8 +86,8 @@ class _Mixture(nn.Module):
 
     def _weight(self, gates: Tensor) -> Tensor:
         """Of the one convolution: (B, dim, EXPERTS * dim, 1, 1)."""
-        last = torch.stack([expert.op[-1].weight.flatten(1) for expert in self._ops])  # (7, dim, dim)
-        reducing = self._out[0].weight.flatten(1).unflatten(1, (EXPERTS, -1)).transpose(0, 1)  # (8, dim, dim)
+        last = torch.stack([cast(_Expert, expert).last for expert in self._ops])  # (7, dim, dim)
+        reducing = _matrix(self._out[0]).unflatten(1, (EXPERTS, -1)).transpose(0, 1)  # (8, dim, dim)
         merged = torch.cat((reducing[:-1] @ last, reducing[-1:] / 9))
         return (gates[:, :, None, None] * merged).transpose(1, 2).flatten(2)[..., None, None]
 
@@ -100,6 +101,11 @@ class _Expert(nn.Module):
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
         self.op = nn.Sequential(*layers)
+
+    @property
+    def last(self) -> Tensor:
+        """The matrix of the last layer, a 1x1 convolution: (dim, dim)."""
+        return _matrix(self.op[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         *layers, _ = self.op
@@ -122,6 +128,11 @@ def _depthwise(dim: int, size: int, dilation: int = 1) -> DepthwiseConv2d:
 
 def _pointwise(dim: int) -> PointwiseConv2d:
     return PointwiseConv2d(dim, dim, bias=False)
+
+
+def _matrix(conv: nn.Module) -> Tensor:
+    """Of a 1x1 convolution: (outputs, inputs)."""
+    return cast(PointwiseConv2d, conv).weight.flatten(1)
 
 
 def _nine_averages(x: Tensor) -> Tensor:

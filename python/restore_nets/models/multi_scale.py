@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from restore_kernels.nn import PointwiseConv2d
@@ -22,11 +24,10 @@ class Resize(nn.Module):
         super().__init__()
         self.enlarges = factor > 1
         layers = nn.Upsample(scale_factor=factor, mode="bilinear"), PointwiseConv2d(dim, dim, bias=False)
-        self.add_module("up" if self.enlarges else "down", nn.Sequential(*layers))
+        self.add_module("up" if self.enlarges else "down", nn.ModuleList(layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        (layers,) = self.children()
-        resized, convolved = layers
+        resized, convolved = cast(nn.ModuleList, next(self.children()))
         return resized(convolved(x)) if self.enlarges else convolved(resized(x))
 
 
