@@ -15,6 +15,7 @@ from restore_kernels.masked_attention import masked_attention
 from restore_kernels.pointwise_conv import pointwise_conv2d
 from restore_kernels.pyramid_attention import pyramid_attention
 from restore_kernels.pyramid_attention.api import PATCH_SIZES
+from restore_kernels.tensors import memory_format
 from restore_kernels.topk_attention import topk_attention
 
 __all__ = [
@@ -285,7 +286,7 @@ class DynamicDualAttention(_ProjectedAttention):
     def _window_attention(self, x: Tensor, weights: Tensor) -> Tensor:
         """Token attention in non-overlapping windows; padding at the right and below fills the last."""
         batch, _, height, width = x.shape
-        side, heads = self.window_size, self.heads
+        side, heads, layout = self.window_size, self.heads, memory_format(x)
         x = F.pad(x, (0, -width % side, 0, -height % side), mode="replicate")
         rows, columns = x.shape[2] // side, x.shape[3] // side
         qkv = self.qkv_dwconv(self.qkv(x)).view(batch, 3, heads, -1, rows, side, columns, side)
@@ -298,7 +299,8 @@ class DynamicDualAttention(_ProjectedAttention):
         )  # fmt: skip
         out = out.view(batch, rows, columns, heads, side, side, -1).permute(0, 3, 6, 1, 4, 2, 5)
         out = out.reshape(batch, self.dim, rows * side, columns * side)
-        return self.project_out(out[..., :height, :width])
+        out = out[..., :height, :width].contiguous(memory_format=layout)
+        return self.project_out(out)
 
 
 class MultiInputAttention(nn.Module):

@@ -202,7 +202,7 @@ MODULES = [
 def each_module(modules, wanted: Callable[[str], bool]) -> pytest.MarkDecorator:
     """Runs the test for every module and each wanted backend.
 
-    All modules have depthwise convolutions, for which there are no CUDA C++ kernels: Triton's run.
+    All modules have convolutions, for which there are no CUDA C++ kernels: Triton's run.
     """
     pairs = [
         (("cuda", "triton") if name == "cuda" else (name,), make)
@@ -250,6 +250,7 @@ def test_of_several_backends_each_operator_gets_the_first_that_has_it():
         expected.sum().backward()
     ran = {(each.operator, each.direction): each.backend for each in records}
     assert ran == {
+        ("pointwise_conv", "forward"): "triton", ("pointwise_conv", "backward"): "triton",
         ("depthwise_conv", "forward"): "triton", ("depthwise_conv", "backward"): "triton",
         ("topk_attention_channel", "forward"): "cuda", ("topk_attention_channel", "backward"): "cuda",
     }  # fmt: skip

@@ -8,6 +8,7 @@ from rich.console import Console
 from test_step_profile import tiny
 from test_training import RECIPE, TINY, same_weights, trainer
 
+from restore_kernels import use_backend
 from restore_nets import list_models
 from restore_nets.profiling import EAGER, OURS, Alternative
 from restore_nets.recipe import SHIPPED, DataRecipe, Recipe
@@ -54,13 +55,17 @@ def float16(monkeypatch):
     return lambda steps=6: trainer(steps, precision="float16")
 
 
-def test_float16_stays_near_float32(float16):
-    wide, narrow = trainer(4), float16(4)
-    for run in (wide, narrow):
-        run.train()
-    assert narrow.skipped_steps == 0 and narrow.losses[0] != wide.losses[0]
-    # Every layer rounds to 2^-12; the errors of a mean over all pixels mostly cancel.
-    assert narrow.losses == pytest.approx(wide.losses, rel=2**-9)
+def test_float16_strays_from_float32_as_eager_does(float16):
+    """AdamW makes steps of full length of gradients that rounding decides: later losses are further apart."""
+    errors = {}
+    for backend in ("eager", "auto"):
+        with use_backend(backend):
+            wide, narrow = trainer(4), float16(4)
+            for run in (wide, narrow):
+                run.train()
+        assert narrow.skipped_steps == 0 and narrow.losses[0] == pytest.approx(wide.losses[0], rel=2**-9)
+        errors[backend] = max(abs(n - w) / w for n, w in zip(narrow.losses, wide.losses, strict=True))
+    assert 0 < errors["auto"] <= ERROR_MULTIPLE * errors["eager"]
 
 
 def test_scaling_changes_nothing_but_what_would_vanish(float16):
