@@ -6,6 +6,12 @@
 #include <c10/core/impl/alloc_cpu.h>
 #include <c10/util/typeid.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <mutex>
@@ -13,12 +19,35 @@
 namespace restore_kernels {
 namespace {
 
-constexpr size_t kSmallest = 256 << 10, kGranule = 64 << 10, kKept = 128 << 20;  // bytes
+constexpr size_t kSmallest = 256 << 10, kGranule = 64 << 10, kHugePage = 2 << 20;  // bytes
+constexpr size_t kShareOfMemory = 8;  // at most an eighth of the machine's memory is kept
 
 struct Block {
   void* data;
   size_t size;
 };
+
+// Large blocks lie on huge pages, where the system has them: a page of 4 KiB costs a fault to have and a walk
+// to find, and a step of training touches half a million.
+void* reserve(size_t size) {
+#ifdef __linux__
+  if (size >= kHugePage) {
+    void* data = std::aligned_alloc(kHugePage, (size + kHugePage - 1) / kHugePage * kHugePage);
+    TORCH_CHECK_WITH(OutOfMemoryError, data, "restore_kernels: no memory for a result of ", size, " bytes");
+    madvise(data, size / kHugePage * kHugePage, MADV_HUGEPAGE);
+    return data;
+  }
+#endif
+  return c10::alloc_cpu(size);
+}
+
+size_t most_kept() {
+#ifdef __linux__
+  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) / kShareOfMemory * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+#else
+  return 128 << 20;
+#endif
+}
 
 // Free blocks, oldest first.
 class ResultAllocator final : public c10::Allocator {
@@ -37,28 +66,34 @@ class ResultAllocator final : public c10::Allocator {
   }
 
  private:
-  // The smallest free block that wastes at most a quarter, or a new one.
+  // The smallest free block that wastes at most a quarter, or a new one. What a new one takes is given back
+  // before: so kept and used blocks together never take more than used blocks once did.
   Block take(size_t size) {
-    {
-      std::lock_guard lock(mutex_);
-      auto best = free_.end();
-      for (auto it = free_.begin(); it != free_.end(); ++it)
-        if (it->size >= size && it->size <= size + size / 4 && (best == free_.end() || it->size < best->size)) best = it;
-      if (best != free_.end()) {
-        const Block block = *best;
-        free_.erase(best);
-        kept_ -= block.size;
-        return block;
-      }
+    std::lock_guard lock(mutex_);
+    auto best = free_.end();
+    for (auto it = free_.begin(); it != free_.end(); ++it)
+      if (it->size >= size && it->size <= size + size / 4 && (best == free_.end() || it->size < best->size)) best = it;
+    if (best == free_.end()) {
+      give_back(kept_ > size ? kept_ - size : 0);
+      return {reserve(size), size};
     }
-    return {c10::alloc_cpu(size), size};
+    const Block block = *best;
+    free_.erase(best);
+    kept_ -= block.size;
+    return block;
   }
 
   void keep(const Block& block) {
+    static const size_t most = most_kept();
     std::lock_guard lock(mutex_);
     free_.push_back(block);
     kept_ += block.size;
-    while (kept_ > kKept) {
+    give_back(most);
+  }
+
+  // The oldest blocks, until at most so many bytes are kept.
+  void give_back(size_t most) {
+    while (kept_ > most) {
       c10::free_cpu(free_.front().data);
       kept_ -= free_.front().size;
       free_.pop_front();

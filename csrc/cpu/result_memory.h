@@ -5,9 +5,10 @@
 
 namespace restore_kernels {
 
-// As at::empty. Large tensors come from blocks of earlier results, at most 128 MiB of them kept: the
-// system would take freed blocks back and hand out fresh pages, whose first touch costs more time than
-// the arithmetic of their contents.
+// As at::empty. Large tensors come from the blocks of earlier results, on huge pages: the system would take freed
+// blocks back and hand out fresh pages, whose first touch costs more time than the arithmetic of their contents.
+// Kept are at most an eighth of the machine's memory, and never more than makes, with the blocks in use, what was
+// once in use.
 at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 }  // namespace restore_kernels
