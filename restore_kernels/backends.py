@@ -66,6 +66,15 @@ def requested(argument: Backend) -> tuple[str, ...]:
     return check_names([name.strip() for name in names], ENVIRONMENT_VARIABLE)
 
 
+def is_cpu_first(argument: Backend) -> bool:
+    """Whether a call with tensors on the CPU gets the backend ``cpu``, if that is built."""
+    if argument == "auto":
+        if _requested:
+            return _requested[-1][0] in ("auto", "cpu")
+        return ENVIRONMENT_VARIABLE not in os.environ
+    return argument == "cpu"
+
+
 @dataclass(frozen=True)
 class Call:
     """A call of an operator, as far as the choice of its backend goes.

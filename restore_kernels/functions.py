@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restore_kernels import checks, native, recording
+from restore_kernels import backends, checks, native, recording
 from restore_kernels.tensors import accumulate_dtype
 
 
@@ -28,6 +28,17 @@ class OperatorFunction(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
+def plain_calls(backend: backends.Backend) -> ModuleType | None:
+    """The library that takes calls of plain tensors on the CPU whole, with less overhead than Python.
+
+    Its functions give None for a call that is not clearly theirs. The first call of a process goes through
+    Python, which loads the library.
+    """
+    if torch.compiler.is_compiling() or recording.active or torch._C._are_functorch_transforms_active():
+        return None
+    return native.loaded_cpu_module if backends.is_cpu_first(backend) else None
+
+
 def compiled_functions(backend: str) -> ModuleType | None:
     """The library whose autograd nodes can stand for the Functions here: same results, less overhead.
 
@@ -37,7 +48,7 @@ def compiled_functions(backend: str) -> ModuleType | None:
         return None
     if recording.active:  # sees the passes of Python's
         return None
-    return native.cpu_library().module
+    return native.loaded_cpu_module
 
 
 def eager(name: str, definition: Callable[..., Tensor], *args: Any) -> Tensor:

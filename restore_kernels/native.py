@@ -42,8 +42,13 @@ def cpu_library_name() -> str:
     return {"AVX512": "_cpu_avx512", "AVX2": "_cpu_avx2"}.get(capability, "_cpu_default")
 
 
+# The module of the CPU library, once it is loaded.
+loaded_cpu_module: ModuleType | None = None
+
+
 @functools.cache
 def cpu_library() -> Library:
+    global loaded_cpu_module
     name = cpu_library_name()
     if importlib.util.find_spec(f"restore_kernels.{name}") is None:
         return Library(
@@ -53,7 +58,8 @@ def cpu_library() -> Library:
             "build it with a C++ compiler: pip install --no-build-isolation -e .",
         )
     try:
-        return Library(name, importlib.import_module(f"restore_kernels.{name}"), None)
+        loaded_cpu_module = importlib.import_module(f"restore_kernels.{name}")
+        return Library(name, loaded_cpu_module, None)
     except ImportError as error:
         built_for = f"restore_kernels.{name} does not load with torch {torch.__version__}"
         return Library(name, None, f"{built_for} ({_one_line(error)}); rebuild it")

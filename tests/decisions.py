@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from restore_kernels import native
 from restore_kernels.topk_attention import reference
 
 topk_attention = import_module("restore_kernels.topk_attention.autograd")
@@ -98,8 +99,7 @@ def recorded() -> Iterator[Decisions]:
         (topk_attention, "overload", recording_attention),
         (depthwise_conv, "overload", recording_convolution),
         # The library's nodes call no overload.
-        (topk_attention, "compiled_functions", lambda backend: None),
-        (depthwise_conv, "compiled_functions", lambda backend: None),
+        (native, "loaded_cpu_module", None),
         (torch, "relu", recording_relu),
     ):
         yield decisions

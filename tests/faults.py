@@ -12,7 +12,7 @@ import torch
 from conformance import Problem, assert_conforms
 from torch import Tensor
 
-from restore_kernels import backends
+from restore_kernels import backends, native
 
 Plant = Callable[[str, Callable[[Callable], Callable]], None]
 
@@ -28,8 +28,7 @@ def model(monkeypatch: pytest.MonkeyPatch, contract: ModuleType) -> Plant:
     monkeypatch.setattr(conformance, "DEVICE", "cpu")
     monkeypatch.setitem(backends._REASONS, "cpu", lambda _: None)
     monkeypatch.setattr(autograd, "overload", overload)
-    if hasattr(autograd, "compiled_functions"):
-        monkeypatch.setattr(autograd, "compiled_functions", lambda backend: None)
+    monkeypatch.setattr(native, "loaded_cpu_module", None)
 
     def plant(name: str, wrap: Callable[[Callable], Callable]) -> None:
         monkeypatch.setattr(contract, name, wrap(getattr(contract, name)))

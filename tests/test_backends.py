@@ -31,6 +31,7 @@ def qkv() -> tuple[torch.Tensor, ...]:
 @pytest.fixture
 def without_libraries(monkeypatch) -> None:
     monkeypatch.setattr(native, "why_no_cpu_library", lambda: "it was not built")
+    monkeypatch.setattr(native, "loaded_cpu_module", None)
     monkeypatch.setattr(native, "why_no_triton", lambda *_: "it is not installed")
     monkeypatch.setattr(native, "why_no_cuda", lambda *_: "there is no GPU")
 
@@ -46,6 +47,7 @@ def everything_runs(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(api.autograd, "channel", record)
     monkeypatch.setattr(api.reference, "channel", lambda q, k, v, *_: called.append("eager") or v)
+    monkeypatch.setattr(native, "loaded_cpu_module", None)
     monkeypatch.setattr(backends, "_REASONS", dict.fromkeys(backends._REASONS, lambda _: None))
     return called
 
@@ -94,7 +96,7 @@ def test_backward_runs_where_forward_ran(qkv, monkeypatch):
         return getattr(topk_attention_contract, name.removeprefix("topk_attention_"))
 
     monkeypatch.setattr(autograd, "overload", overload)
-    monkeypatch.setattr(autograd, "compiled_functions", lambda backend: None)
+    monkeypatch.setattr(native, "loaded_cpu_module", None)
     q = qkv[0].requires_grad_()
     with use_backend("cpu"):
         out = topk_attention(q, *qkv[1:], [2])

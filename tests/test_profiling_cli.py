@@ -114,6 +114,7 @@ right = autograd.channel
 def test_a_wrong_kernel_gets_no_speed(kernel, what, monkeypatch, tmp_path, capsys):
     pytest.importorskip("rich")
     monkeypatch.setattr(autograd, "channel", kernel)
+    monkeypatch.setattr(native, "loaded_cpu_module", None)
     found, lines = tmp_path / "a.json", tmp_path / "a.csv"
     options = ["topk_attention", *SHAPES["topk_attention"]]
     assert profile(*options, "--json", str(found), "--csv", str(lines)) == 0

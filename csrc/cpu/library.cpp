@@ -1,5 +1,6 @@
 // The Python module of the CPU library. Importing it registers the operators (TORCH_LIBRARY_IMPL in
-// the other files); the module itself offers their autograd nodes and says how it was built.
+// the other files); the module itself offers their autograd nodes and the public functions for plain calls, and says
+// how it was built.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -7,6 +8,7 @@
 #include <string>
 
 #include "autograd.h"
+#include "calls.h"
 
 #define TO_STRING_(x) #x
 #define TO_STRING(x) TO_STRING_(x)
@@ -20,6 +22,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("channel_norm", restore_kernels::channel_norm, WithoutGil());
   m.def("depthwise_conv", restore_kernels::depthwise_conv, WithoutGil());
   m.def("pointwise_conv", restore_kernels::pointwise_conv, WithoutGil());
+  m.def("channel_norm_call", restore_kernels::channel_norm_call);
+  m.def("depthwise_conv2d_call", restore_kernels::depthwise_conv2d_call);
+  m.def("pointwise_conv2d_call", restore_kernels::pointwise_conv2d_call);
+  m.def("topk_attention_call", restore_kernels::topk_attention_call);
+  m.def("masked_attention_call", restore_kernels::masked_attention_call);
   m.def("build_info", [] {
     return std::string(TO_STRING(CPU_CAPABILITY)) + ", " + __VERSION__ + ", " + RESTORE_KERNELS_FLAGS;
   });

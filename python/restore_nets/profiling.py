@@ -140,6 +140,7 @@ class Alternative:
         way = WAYS[name]
         self.backend, self.memory_format = way.backend, way.memory_format
         self.trainer = replace(step, dtype=way.dtype or step.dtype).trainer()
+        self.trainer.model.train()
         self.trainer.model.to(memory_format=way.memory_format)  # type: ignore[call-overload]
         if way.compiled:
             self.trainer.model.compile(dynamic=False)
@@ -161,7 +162,6 @@ class Alternative:
         return self._step()
 
     def _step(self) -> float:
-        self.trainer.model.train()
         with restore_kernels.use_backend(self.backend):
             return self.trainer.step(*self.batch)
 

@@ -123,6 +123,7 @@ class Trainer:
             betas=ADAM_BETAS,
             fused=True,
         )
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.losses: list[float] = []
         self.skipped_steps = 0
@@ -172,7 +173,7 @@ class Trainer:
             self.scaler.scale(loss).backward()
         with self.phase("optimizer"):
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
+            nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM)
             self.scaler.step(self.optimizer)
             scale = self.scaler.get_scale()
             self.scaler.update()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from restore_kernels import checks, coverage
 from restore_kernels.backends import Backend, Call, choose
-from restore_kernels.functions import call_temperature, eager
+from restore_kernels.functions import call_temperature, eager, plain_calls
 from restore_kernels.masked_attention import autograd, reference
 from restore_kernels.tensors import accumulate_dtype
 
@@ -54,6 +54,10 @@ def masked_attention(
         TypeError, ValueError: an argument that does not fit; the message names it.
         RuntimeError: no backend asked for by name can run this call; the message says why.
     """
+    if calls := plain_calls(backend):
+        out = calls.masked_attention_call(q, k, v, mask, temperature, normalize, layout, out_proj)
+        if out is not None:
+            return out
     q, k, v, out_proj = checks.autocast(q, k, v, out_proj)
     _check(q, k, v, mask, temperature, layout, out_proj)
     chosen = choose(_call(q, k, v, layout), backend)

@@ -16,8 +16,8 @@ from restore_kernels.profiling.measure import interleave
 def ceilings(device: str, dtype: torch.dtype, seconds: float = 2.0) -> dict[str, float]:
     """Measured copy bandwidth (bytes read plus written, per second) and matrix FLOP/s in this dtype.
 
-    The products are PyTorch's matrix product and a 1x1 convolution of ours; the quicker one counts, since on some
-    processors PyTorch's library leaves half of the vector units idle.
+    The products are PyTorch's matrix product and a 1x1 convolution of ours; the quicker one counts, since
+    PyTorch's library leaves half of the vector units idle on some processors.
     """
     gpu = torch.device(device).type == "cuda"
     source = torch.randn((1 << 30) if gpu else (1 << 26), device=device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from restore_kernels import checks, coverage
 from restore_kernels.backends import Backend, Call, choose
-from restore_kernels.functions import call_temperature, eager
+from restore_kernels.functions import call_temperature, eager, plain_calls
 from restore_kernels.tensors import accumulate_dtype
 from restore_kernels.topk_attention import autograd, reference
 
@@ -58,6 +58,10 @@ def topk_attention(
         TypeError, ValueError: an argument that does not fit; the message names it.
         RuntimeError: no backend asked for by name can run this call; the message says why.
     """
+    if calls := plain_calls(backend):
+        out = calls.topk_attention_call(q, k, v, topk, weights, temperature, normalize, layout, out_proj)
+        if out is not None:
+            return out
     q, k, v, out_proj = checks.autocast(q, k, v, out_proj)
     counts = _check(q, k, v, topk, weights, temperature, layout, out_proj)
     chosen = choose(_call(q, k, v, layout, len(counts)), backend)
