@@ -11,6 +11,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -21,6 +22,7 @@ namespace {
 
 constexpr size_t kSmallest = 256 << 10, kGranule = 64 << 10, kHugePage = 2 << 20;  // bytes
 constexpr size_t kShareOfMemory = 8;  // at most an eighth of the machine's memory is kept
+constexpr size_t kSpare = 128 << 20;  // bytes that may be kept beyond what was once in use
 
 struct Block {
   void* data;
@@ -66,20 +68,25 @@ class ResultAllocator final : public c10::Allocator {
   }
 
  private:
-  // The smallest free block that wastes at most a quarter, or a new one. What a new one takes is given back
-  // before: so kept and used blocks together never take more than used blocks once did.
+  // The smallest free block that wastes at most a quarter, or a new one, for which others are given back where
+  // kept and used blocks together would take more than used blocks ever did, and a little.
   Block take(size_t size) {
     std::lock_guard lock(mutex_);
     auto best = free_.end();
     for (auto it = free_.begin(); it != free_.end(); ++it)
       if (it->size >= size && it->size <= size + size / 4 && (best == free_.end() || it->size < best->size)) best = it;
-    if (best == free_.end()) {
-      give_back(kept_ > size ? kept_ - size : 0);
-      return {reserve(size), size};
+    Block block{nullptr, size};
+    if (best != free_.end()) {
+      block = *best;
+      free_.erase(best);
+      kept_ -= block.size;
     }
-    const Block block = *best;
-    free_.erase(best);
-    kept_ -= block.size;
+    used_ += block.size;
+    most_used_ = std::max(most_used_, used_);
+    if (!block.data) {
+      give_back(most_used_ - used_ + kSpare);
+      block.data = reserve(size);
+    }
     return block;
   }
 
@@ -88,6 +95,7 @@ class ResultAllocator final : public c10::Allocator {
     std::lock_guard lock(mutex_);
     free_.push_back(block);
     kept_ += block.size;
+    used_ -= block.size;
     give_back(most);
   }
 
@@ -109,7 +117,7 @@ class ResultAllocator final : public c10::Allocator {
 
   std::mutex mutex_;
   std::deque<Block> free_;
-  size_t kept_ = 0;
+  size_t kept_ = 0, used_ = 0, most_used_ = 0;  // bytes
 };
 
 }  // namespace

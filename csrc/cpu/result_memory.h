@@ -7,8 +7,8 @@ namespace restore_kernels {
 
 // As at::empty. Large tensors come from the blocks of earlier results, on huge pages: the system would take freed
 // blocks back and hand out fresh pages, whose first touch costs more time than the arithmetic of their contents.
-// Kept are at most an eighth of the machine's memory, and never more than makes, with the blocks in use, what was
-// once in use.
+// Kept are at most an eighth of the machine's memory; and blocks kept and in use together take no more than those in
+// use once did, but for 128 MiB.
 at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 }  // namespace restore_kernels
