@@ -56,28 +56,29 @@ template <typename S, typename T>
 void gram_and_squares(const Problem<T>& p, const Division& division, const Tensor& q, const Tensor& k, T* partials) {
   const int64_t C = p.channels, size = C * C + 2 * C;
   at::parallel_for(0, p.batch * p.heads * division.chunks, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> q_tile(C * division.tile), k_tile(C * division.tile);
+    Scratch<T> q_tile(C * division.tile), k_tile(C * division.tile), q_lanes(C * at::vec::Vectorized<T>::size());
     Gate<T> gate(p.mask, C, division.tile);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t bh = task / division.chunks, b = bh / p.heads, h = bh % p.heads;
       const auto q_image = one_head<const S>(q, b, h), k_image = one_head<const S>(k, b, h);
       T* gram = partials + task * size;
       std::fill_n(gram, size, T(0));
+      std::fill_n(q_lanes.get(), C * at::vec::Vectorized<T>::size(), T(0));
       division.tiles(task % division.chunks, [&](int64_t n, int64_t count) {
-        const Matrix<T> rows{q_tile.get(), division.tile}, columns{k_tile.get(), C};  // C x tile, tile x C
-        load_rows<S, T>(q_image, n, count, rows);
-        load_columns<S, T>(k_image, n, count, columns);
+        const Matrix<T> columns{k_tile.get(), C};  // tile x C
+        const Matrix<const T> rows = read_rows<S, T>(q_image, n, count, {q_tile.get(), division.tile});  // C x tile
         gate.load(b, h, 1, n, count);
-        gate.columns(columns, 1, C, count);
+        load_gated_columns<S, T>(k_image, gate, n, count, columns);
         const int64_t calls = idle_calls<T>(C, C, count);
         auto next_q = prefetch(q_image, n + count, division.after(n), calls);
         auto next_k = prefetch(k_image, n + count, division.after(n), calls);
-        multiply_add<T>(rows, columns, {gram, C}, C, C, count, {next_q, next_k});
         if (p.normalize) {
-          add_squares<T>(rows, gram + C * C, C, count);
+          add_lane_squares<T>(rows, q_lanes.get(), C, count);
           add_column_squares<T>(columns, gram + C * C + C, count, C);
         }
+        multiply_add<T>(rows, columns, {gram, C}, C, C, count, {next_q, next_k});
       });
+      fold_lanes(q_lanes.get(), gram + C * C, C);
     }
   });
 }
@@ -149,9 +150,8 @@ void backward_values(const Problem<T>& p, const Division& division, const Tensor
       division.tiles(task % division.chunks, [&](int64_t n, int64_t count) {
         const Matrix<T> rows{do_tile.get(), division.tile}, columns{v_tile.get(), in}, scratch{dv_tile.get(), division.tile};
         load_rows<S, T>(do_image, n, count, rows);
-        load_columns<S, T>(v_image, n, count, columns);
         gate.load(b, h, v_image.heads, n, count);
-        gate.columns(columns, v_image.heads, p.channels, count);
+        load_gated_columns<S, T>(v_image, gate, n, count, columns);
         auto this_dv = prefetch_for_writing(dv_image, n, count, idle_calls<T>(rows_out, in, count));
         const int64_t calls = idle_calls<T>(in, count, rows_out);
         auto next_do = prefetch(do_image, n + count, division.after(n), calls);

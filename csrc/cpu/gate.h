@@ -39,6 +39,9 @@ class Gate {
                     factors(row, channels), count);
   }
 
+  // The factors of a head that all of its channels share; null if each has its own.
+  const T* shared(int64_t head) const { return per_channel_ ? nullptr : factors_.get() + head * tile_; }
+
   // tile (count x heads * channels) *= factors
   void columns(Matrix<T> tile, int64_t heads, int64_t channels, int64_t count) {
     if (!mask_) return;
@@ -65,13 +68,13 @@ class Gate {
     for (int64_t r = 0; r < mask_rows; ++r) {
       T* sums = grad_mask.mutable_data_ptr<T>() + (first + r) * mask_->size(3) + n;
       const T* factors = factors_.get() + r * tile_;
-      int64_t i = 0;
-      for (; i + kVectors * Vec::size() <= count; i += kVectors * Vec::size())
-        block<kVectors>(grad.from(r * rows, i), ungated.from(r * rows, i), target.from(r * rows, i), factors + i,
-                        sums + i, rows, Vec::size(), add);
-      for (; i < count; i += Vec::size())
-        block<1>(grad.from(r * rows, i), ungated.from(r * rows, i), target.from(r * rows, i), factors + i, sums + i,
-                 rows, std::min<int64_t>(Vec::size(), count - i), add);
+      int64_t row = 0;
+      for (; row + kRows <= rows; row += kRows)
+        blocks<kRows>(grad.from(r * rows + row, 0), ungated.from(r * rows + row, 0), target.from(r * rows + row, 0), factors,
+                      sums, count, add || row > 0);
+      for (; row < rows; ++row)
+        blocks<1>(grad.from(r * rows + row, 0), ungated.from(r * rows + row, 0), target.from(r * rows + row, 0), factors,
+                  sums, count, add || row > 0);
     }
   }
 
@@ -80,24 +83,29 @@ class Gate {
     return factors_.get() + (per_channel_ ? row : row / channels) * tile_;
   }
 
-  static constexpr int kVectors = 4;
+  static constexpr int kRows = 4;
 
-  // The rows that share one row of the mask, `vectors` wide; of the last vector `last` elements.
-  template <int vectors>
-  static void block(Matrix<const T> grad, Matrix<const T> ungated, Matrix<T> target, const T* factors, T* sums,
-                    int64_t rows, int64_t last, bool add) {
-    Vec factor[vectors], sum[vectors];
-    for (int v = 0; v < vectors; ++v) {
-      factor[v] = Vec::loadu(factors + v * Vec::size(), last);
-      sum[v] = add ? Vec::loadu(sums + v * Vec::size(), last) : Vec(T(0));
+  // Some of the rows that share one row of the mask.
+  template <int rows>
+  static void blocks(Matrix<const T> grad, Matrix<const T> ungated, Matrix<T> target, const T* factors, T* sums,
+                     int64_t count, bool add) {
+    int64_t i = 0;
+    for (; i + Vec::size() <= count; i += Vec::size())
+      block<rows>(grad.from(0, i), ungated.from(0, i), target.from(0, i), factors + i, sums + i, Vec::size(), add);
+    if (i < count) block<rows>(grad.from(0, i), ungated.from(0, i), target.from(0, i), factors + i, sums + i, count - i, add);
+  }
+
+  template <int rows>
+  static inline __attribute__((always_inline)) void block(Matrix<const T> grad, Matrix<const T> ungated, Matrix<T> target,
+                                                          const T* factors, T* sums, int64_t width, bool add) {
+    const Vec factor = Vec::loadu(factors, width);
+    Vec sum = add ? Vec::loadu(sums, width) : Vec(T(0));
+    for (int row = 0; row < rows; ++row) {
+      const Vec g = Vec::loadu(grad.data + row * grad.row, width);
+      sum = at::vec::fmadd(g, Vec::loadu(ungated.data + row * ungated.row, width), sum);
+      (g * factor).store(target.data + row * target.row, width);
     }
-    for (int64_t row = 0; row < rows; ++row)
-      for (int v = 0; v < vectors; ++v) {
-        const Vec g = Vec::loadu(grad.data + row * grad.row + v * Vec::size(), last);
-        sum[v] = at::vec::fmadd(g, Vec::loadu(ungated.data + row * ungated.row + v * Vec::size(), last), sum[v]);
-        (g * factor[v]).store(target.data + row * target.row + v * Vec::size(), last);
-      }
-    for (int v = 0; v < vectors; ++v) sum[v].store(sums + v * Vec::size(), last);
+    sum.store(sums, width);
   }
 
   const std::optional<Tensor>& mask_;
@@ -113,6 +121,19 @@ void load_gated_rows(const Image<const S>& image, const Gate<T>& gate, int64_t n
     if (gate && is_tile<T>(image)) return gate.rows(image.first_head(n), tile, image.heads, image.channels, count);
   load_rows<S, T>(image, n, count, tile);
   if (gate) gate.rows(tile, tile, image.heads, image.channels, count);
+}
+
+// As load_columns, through the gate: in the same pass where channels share factors.
+template <typename S, typename T>
+void load_gated_columns(const Image<const S>& image, Gate<T>& gate, int64_t n, int64_t count, Matrix<T> tile) {
+  if (gate && gate.shared(0) && image.pixel_stride == 1) {
+    int64_t head = 0;
+    return image.each_head(n, [&](int64_t row, Matrix<const S> source) {
+      tile_io::transpose(source.data, source.row, tile.data + row, tile.row, image.channels, count, gate.shared(head++));
+    });
+  }
+  load_columns<S, T>(image, n, count, tile);
+  gate.columns(tile, image.heads, image.channels, count);
 }
 
 // As write_rows, where the product is the gradient of rows that passed the gate: back through it.

@@ -109,6 +109,16 @@ bool is_tile(const Image<S>& image) {
   return std::is_same_v<std::remove_const_t<S>, T> && image.pixel_stride == 1 && one_matrix;
 }
 
+// The rows of one head as a first factor, whose strides do not matter: where they lie if they can be read there,
+// else packed in `scratch`.
+template <typename S, typename T>
+Matrix<const T> read_rows(const Image<const S>& image, int64_t n, int64_t count, Matrix<T> scratch) {
+  if constexpr (std::is_same_v<S, T>)
+    if (is_tile<T>(image)) return image.first_head(n);
+  load_rows<S, T>(image, n, count, scratch);
+  return scratch;
+}
+
 // product(target) makes the rows of a tile, in the image itself where its pixels are contiguous and of
 // the accumulation type, otherwise in `scratch`, from where they are stored.
 template <typename S, typename T, typename F>

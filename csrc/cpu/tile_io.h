@@ -83,21 +83,36 @@ void transpose_block(const T* source, int64_t source_row, T* target, int64_t tar
     at::vec::transpose_mxn<T>(source, source_row, target, target_row, static_cast<int>(rows), static_cast<int>(columns));
 }
 
-// target (columns x rows) = source (rows x columns) transposed, both with contiguous rows.
+// row (count) *= factors
+template <typename T>
+void multiply_row(T* row, const T* factors, int64_t count) {
+  using Vec = at::vec::Vectorized<T>;
+  for (int64_t i = 0; i < count; i += Vec::size()) {
+    const int64_t width = std::min<int64_t>(Vec::size(), count - i);
+    (Vec::loadu(row + i, width) * Vec::loadu(factors + i, width)).store(row + i, width);
+  }
+}
+
+// target (columns x rows) = source (rows x columns) transposed, both with contiguous rows; column j times factors[j].
 template <typename S, typename T>
-void transpose(const S* source, int64_t source_row, T* target, int64_t target_row, int64_t rows, int64_t columns) {
+void transpose(const S* source, int64_t source_row, T* target, int64_t target_row, int64_t rows, int64_t columns,
+               const T* factors = nullptr) {
   for (int64_t i = 0; i < rows; i += kBlock) {
     const int64_t height = std::min<int64_t>(kBlock, rows - i);
     for (int64_t j = 0; j < columns; j += kBlock) {
       const int64_t width = std::min<int64_t>(kBlock, columns - j);
       const S* from = source + i * source_row + j;
       T* to = target + j * target_row + i;
-      if constexpr (std::is_same_v<S, T>) {
-        transpose_block(from, source_row, to, target_row, height, width);
+      if (std::is_same_v<S, T> && !factors) {
+        transpose_block(reinterpret_cast<const T*>(from), source_row, to, target_row, height, width);
       } else {
         alignas(64) std::conditional_t<sizeof(S) < sizeof(T), T, S> block[kBlock * kBlock];
-        if constexpr (sizeof(S) < sizeof(T)) {  // widen, then transpose
-          for (int64_t r = 0; r < height; ++r) at::vec::convert(from + r * source_row, block + r * kBlock, width);
+        if constexpr (sizeof(S) <= sizeof(T)) {  // widen and multiply, then transpose
+          for (int64_t r = 0; r < height; ++r) {
+            T* row = block + r * kBlock;
+            at::vec::convert(from + r * source_row, row, width);
+            if (factors) multiply_row(row, factors + j, width);
+          }
           transpose_block(block, kBlock, to, target_row, height, width);
         } else {  // transpose, then narrow
           transpose_block(from, source_row, block, kBlock, height, width);
@@ -150,22 +165,77 @@ void add_squares(Matrix<const T> rows, T* sum, int64_t count, int64_t length) {
   }
 }
 
+namespace tile_io {
+
+// Rows, each with a sum of its own: enough that none waits for its own addition.
+template <typename T, int rows>
+void add_lane_squares(Matrix<const T> x, T* lanes, int64_t length) {
+  using Vec = at::vec::Vectorized<T>;
+  Vec total[rows];
+  for (int r = 0; r < rows; ++r) total[r] = Vec::loadu(lanes + r * Vec::size());
+  int64_t j = 0;
+  for (; j + Vec::size() <= length; j += Vec::size())
+    for (int r = 0; r < rows; ++r) {
+      const Vec each = Vec::loadu(x.data + r * x.row + j);
+      total[r] = at::vec::fmadd(each, each, total[r]);
+    }
+  if (j < length)
+    for (int r = 0; r < rows; ++r) {
+      const Vec each = Vec::loadu(x.data + r * x.row + j, length - j);
+      total[r] = at::vec::fmadd(each, each, total[r]);
+    }
+  for (int r = 0; r < rows; ++r) total[r].store(lanes + r * Vec::size());
+}
+
+// Vectors of columns, each with two sums.
+template <typename T, int vectors>
+void add_column_squares(Matrix<const T> x, T* sum, int64_t count, int64_t last) {
+  using Vec = at::vec::Vectorized<T>;
+  Vec even[vectors], odd[vectors];
+  for (int v = 0; v < vectors; ++v) even[v] = odd[v] = Vec(T(0));
+  const auto square = [&](int64_t i, Vec* total) {
+    for (int v = 0; v < vectors; ++v) {
+      const Vec each = Vec::loadu(x.data + i * x.row + v * Vec::size(), v + 1 < vectors ? Vec::size() : last);
+      total[v] = at::vec::fmadd(each, each, total[v]);
+    }
+  };
+  for (int64_t i = 0; i + 1 < count; i += 2) square(i, even), square(i + 1, odd);
+  if (count % 2) square(count - 1, even);
+  for (int v = 0; v < vectors; ++v) {
+    T* p = sum + v * Vec::size();
+    const int64_t width = v + 1 < vectors ? Vec::size() : last;
+    (Vec::loadu(p, width) + even[v] + odd[v]).store(p, width);
+  }
+}
+
+}  // namespace tile_io
+
+// lanes (count x one vector) += squares of the rows' elements, each in the lane where it lies. fold_lanes adds the
+// lanes up: once for many tiles, since that takes as long as the squares of a tile.
+template <typename T>
+void add_lane_squares(Matrix<const T> rows, T* lanes, int64_t count, int64_t length) {
+  constexpr int64_t kRows = 8, size = at::vec::Vectorized<T>::size();
+  int64_t i = 0;
+  for (; i + kRows <= count; i += kRows) tile_io::add_lane_squares<T, kRows>(rows.from(i, 0), lanes + i * size, length);
+  for (; i < count; ++i) tile_io::add_lane_squares<T, 1>(rows.from(i, 0), lanes + i * size, length);
+}
+
+template <typename T>
+void fold_lanes(const T* lanes, T* sum, int64_t count) {
+  using Vec = at::vec::Vectorized<T>;
+  for (int64_t i = 0; i < count; ++i)
+    sum[i] = at::vec::vec_reduce_all<T>([](Vec a, Vec b) { return a + b; }, Vec::loadu(lanes + i * Vec::size()));
+}
+
 // sum[j] += sum of squares of column j.
 template <typename T>
 void add_column_squares(Matrix<const T> rows, T* sum, int64_t count, int64_t columns) {
-  using Vec = at::vec::Vectorized<T>;
-  for (int64_t j = 0; j < columns; j += Vec::size()) {
-    const int64_t width = std::min<int64_t>(Vec::size(), columns - j);
-    Vec even(T(0)), odd(T(0));
-    auto square = [&](int64_t i, Vec& total) {
-      const T* p = rows.data + i * rows.row + j;
-      const Vec x = width == Vec::size() ? Vec::loadu(p) : Vec::loadu(p, width);
-      total = at::vec::fmadd(x, x, total);
-    };
-    for (int64_t i = 0; i + 1 < count; i += 2) square(i, even), square(i + 1, odd);
-    if (count % 2) square(count - 1, even);
-    (Vec::loadu(sum + j, width) + even + odd).store(sum + j, width);
-  }
+  constexpr int64_t size = at::vec::Vectorized<T>::size(), kVectors = 3;
+  int64_t j = 0;
+  for (; j + kVectors * size <= columns; j += kVectors * size)
+    tile_io::add_column_squares<T, kVectors>(rows.from(0, j), sum + j, count, size);
+  for (; j < columns; j += size)
+    tile_io::add_column_squares<T, 1>(rows.from(0, j), sum + j, count, std::min(size, columns - j));
 }
 
 }  // namespace CPU_CAPABILITY
