@@ -10,8 +10,8 @@
 // (Asking for what lies beyond the last tile does nothing.)
 // Rows of an image lie a power of two apart; packed, at an odd number of cache lines, they do not fight for the same
 // sets of L1. The image is read and written once: 4 (C + C_out) bytes per pixel forward and 4 (2 C + C_out) backward.
-// Bound: C * C_out multiply-adds per pixel forward and twice that backward, one instruction per cycle; at C of 16 and
-// less the memory.
+// Bound: C * C_out multiply-adds per pixel forward and twice that backward; at C of 16 and less the memory. bfloat16 is
+// multiplied as such where the processor can, at twice the rate (pointwise_factors.h).
 //
 // Tiles and shares depend on shapes and strides alone, and shares are added in their order, so results are the same
 // for any number of threads.
@@ -23,6 +23,7 @@
 #include <functional>
 
 #include "image_pixels.h"
+#include "pointwise_factors.h"
 #include "tile_gemm.h"
 
 namespace restore_kernels {
@@ -39,14 +40,6 @@ constexpr int64_t kColumns = 192;  // of the weight's gradient that are made tog
 constexpr int64_t kTasks = 8;  // to divide a call into, at least
 constexpr int64_t kGrain = 1 << 19;  // multiply-adds that are worth a task
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The distance of packed rows: an odd number of cache lines.
-int64_t pitch(int64_t columns) {
-  constexpr int64_t kLine = 16;  // elements
-  return (ceil_div(columns, kLine) | 1) * kLine;
-}
-
 // Calls f(i, channel of image i, its place after `begin`, count) for the images that channels begin to end come from.
 template <typename F>
 void each_image(TensorList images, int64_t begin, int64_t end, F f) {
@@ -58,17 +51,18 @@ void each_image(TensorList images, int64_t begin, int64_t end, F f) {
   }
 }
 
-// c = a b + addend in stretches of about kDepth of the rows of b, which block(first row, rows) makes available.
-// ahead(first row, rows, calls) is what to ask the memory system for meanwhile.
-template <typename T, typename Block, typename Ahead>
+// c = a b + addend in stretches of about kDepth of the depth, whose part of b block(first, count) makes available.
+// ahead(first, count, calls) is what to ask the memory system for meanwhile.
+template <typename Factors, typename T, typename Block, typename Ahead>
 void multiply_in_stretches(Matrix<const T> a, Block block, Matrix<T> c, int64_t rows, int64_t columns, int64_t depth,
                            Addend<T> addend, Ahead ahead) {
-  const int64_t stretch = ceil_div(depth, ceil_div(depth, kDepth));
+  constexpr int64_t together = Factors::kTogether;
+  const int64_t stretch = ceil_div(ceil_div(depth, ceil_div(depth, kDepth)), together) * together;
   for (int64_t k = 0; k < depth; k += stretch) {
-    const int64_t steps = std::min(stretch, depth - k);
-    const Matrix<const T> b = block(k, steps);
-    multiply<T>(a.from(0, k), b, c, rows, columns, steps, k == 0 ? addend : Addend<T>{c},
-                ahead(k, steps, idle_calls<T>(rows, columns, steps)));
+    const int64_t count = std::min(stretch, depth - k), steps = ceil_div(count, together);
+    const Matrix<const T> b = block(k, count);
+    multiply<T, typename Factors::Fma>(a.from(0, k / together), b, c, rows, columns, steps, k == 0 ? addend : Addend<T>{c},
+                                       ahead(k, count, idle_calls<T>(rows, columns, steps)));
   }
 }
 
@@ -80,21 +74,17 @@ void write_once(Matrix<S> x, int64_t rows, int64_t columns, int64_t depth, Matri
   copy_tile<T, S>(scratch, x, rows, columns);
 }
 
-// The sizes of a call, and its weights as matrices.
-template <typename T>
+// The sizes of a call.
 struct Problem {
   int64_t outputs, channels, image_pixels, pixels;
-  const T* weights;
   bool per_image;
 
   Problem(const Tensor& image, const Tensor& weight)
       : outputs(weight.size(-4)), channels(weight.size(-3)), image_pixels(image.size(2) * image.size(3)),
-        pixels(image.size(0) * image_pixels), weights(weight.const_data_ptr<T>()), per_image(weight.dim() == 5) {}
+        pixels(image.size(0) * image_pixels), per_image(weight.dim() == 5) {}
 
-  // Of the image with pixel `first` of all.
-  Matrix<const T> weight(int64_t first) const {
-    return {weights + (per_image ? first / image_pixels * outputs * channels : 0), channels};
-  }
+  // Which weight belongs to the image with pixel `first` of all.
+  int64_t weight_of(int64_t first) const { return per_image ? first / image_pixels : 0; }
   int64_t work() const { return outputs * channels * pixels; }
 };
 
@@ -106,10 +96,12 @@ int64_t parts(int64_t tasks, int64_t work, int64_t size) {
   return std::clamp<int64_t>(wanted, 1, ceil_div(size, kLeast));
 }
 
-template <typename S>
+template <typename Factors>
 void forward(TensorList x, const Tensor& weight, const OptionalTensor& bias, const Tensor& out) {
+  using S = typename Factors::Number;
   using T = Accumulate<S>;
-  const Problem<T> p(out, weight);
+  const Problem p(out, weight);
+  const FirstFactors<Factors> weights(weight, false);
   std::vector<Tensor> images(x.begin(), x.end());
   images.push_back(out);
   const Pixels pixels(images, kTile * x[0].size(1));
@@ -118,7 +110,8 @@ void forward(TensorList x, const Tensor& weight, const OptionalTensor& bias, con
   const std::vector<T> ones(pixels.tile(), T(1));
   const int64_t grain = std::max<int64_t>(1, kGrain * tasks / std::max<int64_t>(1, p.work()));
   at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    Scratch<T> packed(kDepth * row), sums(rows * row);
+    Factors packed(kDepth, pixels.tile());
+    Scratch<T> sums(rows * row);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t o = task % count_parts * rows, count = std::min(rows, p.outputs - o);
       if (count <= 0) continue;
@@ -127,10 +120,9 @@ void forward(TensorList x, const Tensor& weight, const OptionalTensor& bias, con
         write_once<S, T>(target, count, columns, p.channels, {sums.get(), row}, [&](Matrix<T> to) {
           const auto block = [&](int64_t c, int64_t channels) {
             each_image(x, c, c + channels, [&](size_t i, int64_t from, int64_t at, int64_t taken) {
-              const auto source = pixels.from<const S>(x[i], index, n).from(from, 0);
-              copy_tile<S, T>(source, {packed.get() + at * row, row}, taken, columns);
+              packed.add(pixels.from<const S>(x[i], index, n).from(from, 0), at, taken, columns);
             });
-            return Matrix<const T>{packed.get(), row};
+            return packed.second_factor(channels, columns);
           };
           const auto ahead = [&](int64_t c, int64_t channels, int64_t calls) {
             const bool last = c + channels >= p.channels, in_place = p.channels <= kDepth;
@@ -145,7 +137,8 @@ void forward(TensorList x, const Tensor& weight, const OptionalTensor& bias, con
             return next;
           };
           const Addend<T> biases = bias ? Addend<T>{{ones.data(), 0}, bias->const_data_ptr<T>() + o} : Addend<T>{};
-          multiply_in_stretches<T>(p.weight(first).from(o, 0), block, to, count, columns, p.channels, biases, ahead);
+          multiply_in_stretches<Factors, T>(weights[p.weight_of(first)].from(o, 0), block, to, count, columns, p.channels,
+                                            biases, ahead);
         });
       });
     }
@@ -160,16 +153,17 @@ struct Results {
 };
 
 // Backward of the tiles that one thread has, for some of the input's channels.
-template <typename S>
+template <typename Factors>
 class BackwardTiles {
+  using S = typename Factors::Number;
   using T = Accumulate<S>;
 
  public:
-  BackwardTiles(const Tensor& grad_out, TensorList x, const Tensor& weight, const Pixels& pixels, const Results& results,
-                int64_t most_channels)
-      : grad_out_(grad_out), x_(x), pixels_(pixels), results_(results), p_(grad_out, weight), row_(pitch(pixels.tile())),
-        across_(std::min(most_channels, kColumns)), grads_(p_.outputs * row_), transposed_(pixels.tile() * pitch(across_)),
-        sums_(most_channels * row_) {}
+  BackwardTiles(const Tensor& grad_out, TensorList x, const Problem& problem, const FirstFactors<Factors>& weights,
+                const Pixels& pixels, const Results& results, int64_t most_channels)
+      : grad_out_(grad_out), x_(x), p_(problem), weights_(weights), pixels_(pixels), results_(results),
+        row_(pitch(pixels.tile())), across_(std::min(most_channels, kColumns)), grad_(p_.outputs, pixels.tile()),
+        columns_(across_, pixels.tile()), sums_(most_channels * row_) {}
 
   // What follows is of these channels, and its share of the gradients of weight and bias starts from zero.
   void start(int64_t begin, int64_t end, T* share) {
@@ -181,29 +175,25 @@ class BackwardTiles {
   }
 
   void operator()(int64_t index, int64_t n, int64_t columns, int64_t first) const {
-    copy_tile<S, T>(pixels_.from<const S>(grad_out_, index, n), grad(), p_.outputs, columns);
-    if (results_.bias && begin_ == 0)
-      for (int64_t o = 0; o < p_.outputs; ++o)
-        of_bias_[o] += at::vec::reduce_all<T>([](auto a, auto b) { return a + b; }, grads_.get() + o * row_, columns);
+    grad_.add(pixels_.from<const S>(grad_out_, index, n), 0, p_.outputs, columns);
+    if (results_.bias && begin_ == 0) grad_.add_row_sums(of_bias_, p_.outputs, columns);
+    const Matrix<const T> grad = grad_.second_factor(p_.outputs, columns);
     for (int64_t c = begin_; results_.weight && c < end_; c += across_)
       add_to_weight(index, n, columns, c, std::min(across_, end_ - c));
     each_image(x_, begin_, end_, [&](size_t i, int64_t from, int64_t at, int64_t taken) {
-      const auto weight = p_.weight(first).transposed().from(begin_ + at, 0);
-      if (results_.x[i].defined()) make_image(index, n, columns, i, from, taken, weight);
+      const auto weight = weights_[p_.weight_of(first)].from(begin_ + at, 0);
+      if (results_.x[i].defined()) make_image(index, n, columns, i, from, taken, weight, grad);
     });
   }
 
  private:
-  Matrix<T> grad() const { return {grads_.get(), row_}; }
-
   // Adds grad_out xᵀ, for `count` channels from c on.
   void add_to_weight(int64_t index, int64_t n, int64_t columns, int64_t c, int64_t count) const {
-    const Matrix<T> x_t{transposed_.get(), pitch(across_)}, to{of_weight_ + c, p_.channels};
+    const Matrix<T> to{of_weight_ + c, p_.channels};
     each_image(x_, c, c + count, [&](size_t i, int64_t from, int64_t at, int64_t taken) {
-      const auto source = pixels_.from<const S>(x_[i], index, n).from(from, 0);
-      copy_tile<S, T>(source, x_t.from(0, at).transposed(), taken, columns);
+      columns_.add_columns(pixels_.from<const S>(x_[i], index, n).from(from, 0), at, taken, columns);
     });
-    const auto block = [&](int64_t i, int64_t) { return x_t.from(i, 0); };
+    const auto block = [&](int64_t i, int64_t) { return columns_.columns().from(i / Factors::kTogether, 0); };
     const auto ahead = [&](int64_t i, int64_t stretch, int64_t calls) {
       Prefetches next;
       each_image(x_, c, c + count, [&](size_t image, int64_t from, int64_t at, int64_t taken) {
@@ -213,13 +203,13 @@ class BackwardTiles {
       });
       return next;
     };
-    multiply_in_stretches<T>(grad(), block, to, p_.outputs, count, columns, {to}, ahead);
+    multiply_in_stretches<Factors, T>(grad_.first_factor(), block, to, p_.outputs, count, columns, {to}, ahead);
   }
 
   // weightᵀ grad_out for `count` channels of image i.
   void make_image(int64_t index, int64_t n, int64_t columns, size_t i, int64_t channel, int64_t count,
-                  Matrix<const T> weight) const {
-    const auto block = [&](int64_t o, int64_t) { return grad().from(o, 0); };
+                  Matrix<const T> weight, Matrix<const T> grad) const {
+    const auto block = [&](int64_t o, int64_t) { return grad.from(o / Factors::kTogether, 0); };
     const auto ahead = [&](int64_t o, int64_t outputs, int64_t calls) {
       const int64_t from = o * count / p_.outputs, to = (o + outputs) * count / p_.outputs;  // the same part of x
       const auto next_grad = pixels_.from<const S>(grad_out_, index, n + columns).from(o, 0);
@@ -228,30 +218,33 @@ class BackwardTiles {
     };
     const auto target = pixels_.from<S>(results_.x[i], index, n).from(channel, 0);
     write_once<S, T>(target, count, columns, p_.outputs, {sums_.get(), row_}, [&](Matrix<T> to) {
-      multiply_in_stretches<T>(weight, block, to, count, columns, p_.outputs, {}, ahead);
+      multiply_in_stretches<Factors, T>(weight, block, to, count, columns, p_.outputs, {}, ahead);
     });
   }
 
   const Tensor& grad_out_;
   TensorList x_;
+  const Problem& p_;
+  const FirstFactors<Factors>& weights_;  // transposed
   const Pixels& pixels_;
   const Results& results_;
-  Problem<T> p_;
   int64_t row_, across_, begin_ = 0, end_ = 0;
   T *of_weight_ = nullptr, *of_bias_ = nullptr;
-  Scratch<T> grads_, transposed_, sums_;
+  Factors grad_, columns_;
+  Scratch<T> sums_;
 };
 
-template <typename S>
+template <typename Factors>
 void backward(const Tensor& grad_out, TensorList x, const Tensor& weight, const Pixels& pixels, const Results& results) {
-  using T = Accumulate<S>;
-  const Problem<T> p(grad_out, weight);
+  using T = Accumulate<typename Factors::Number>;
+  const Problem p(grad_out, weight);
+  const FirstFactors<Factors> transposed(weight, true);
   const int64_t weights = results.shares.size(0), shares = results.shares.size(1), size = results.shares.size(2);
   const int64_t count_parts = parts(weights * shares, 2 * p.work(), p.channels), tasks = weights * shares * count_parts;
   const int64_t part = ceil_div(p.channels, count_parts), runs = pixels.tasks() / std::max<int64_t>(weights, 1);
   const int64_t grain = std::max<int64_t>(1, kGrain * tasks / std::max<int64_t>(1, 2 * p.work()));
   at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    BackwardTiles<S> tiles(grad_out, x, weight, pixels, results, part);
+    BackwardTiles<Factors> tiles(grad_out, x, p, transposed, pixels, results, part);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t c = task % count_parts * part, share = task / count_parts, i = share % shares;
       if (c >= p.channels) continue;
@@ -284,15 +277,19 @@ Tensor added_up(const Tensor& shares) {
   return sums;
 }
 
-Tensor in_working_type(const Tensor& weight) {
-  return weight.to(weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
+// f with the factors that products of these numbers have here.
+template <typename F>
+void with_factors(at::ScalarType type, F f) {
+  if (type == at::kBFloat16 && pairs::supported()) return f(Pairs(0, 0));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, "pointwise_conv", [&] { f(Numbers<scalar_t>(0, 0)); });
 }
 
 Tensor pointwise_conv(TensorList x, const Tensor& weight, const OptionalTensor& bias) {
-  const Tensor out = empty_image_like(x[0], weight.size(-4)), weights = in_working_type(weight);
+  const Tensor out = empty_image_like(x[0], weight.size(-4));
   const OptionalTensor biases = bias ? OptionalTensor(in_working_type(*bias)) : std::nullopt;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "pointwise_conv",
-                                  [&] { forward<scalar_t>(x, weights, biases, out); });
+  with_factors(out.scalar_type(), [&](const auto& factors) {
+    forward<std::decay_t<decltype(factors)>>(x, weight, biases, out);
+  });
   return out;
 }
 
@@ -300,7 +297,6 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> pointwise_conv_backward(const Te
                                                                         const Tensor& weight,
                                                                         const c10::List<bool>& wanted) {
   constexpr int64_t kMostShares = 16, kElementsOfShares = 2 << 20;
-  const Tensor weights = in_working_type(weight);
   const int64_t outputs = weight.size(-4), channels = weight.size(-3), of = weight.dim() == 5 ? weight.size(0) : 1;
   Results results{{}, {}, wanted[x.size()], wanted[x.size() + 1]};
   std::vector<Tensor> images{grad_out};
@@ -314,14 +310,15 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> pointwise_conv_backward(const Te
   const int64_t most = std::clamp<int64_t>(runs, 1, kMostShares);
   const int64_t shares = std::clamp<int64_t>(kElementsOfShares / (outputs * channels), 1, most);
   const int64_t of_weight = results.weight ? outputs * channels : 0;
-  results.shares = at::empty({of, shares, of_weight + outputs}, weights.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad_out.scalar_type(), "pointwise_conv_backward",
-                                  [&] { backward<scalar_t>(grad_out, x, weights, pixels, results); });
+  const bool wide = weight.scalar_type() == at::kDouble;
+  results.shares = at::empty({of, shares, of_weight + outputs}, weight.options().dtype(wide ? at::kDouble : at::kFloat));
+  with_factors(grad_out.scalar_type(), [&](const auto& factors) {
+    backward<std::decay_t<decltype(factors)>>(grad_out, x, weight, pixels, results);
+  });
   Tensor grad_weight = at::empty({0}, weight.options()), grad_bias = at::empty({0}, weight.options());
   for (Tensor& grad : results.x)
     if (!grad.defined()) grad = at::empty({0}, weight.options());
   if (results.weight || results.bias) {
-    const bool wide = weights.scalar_type() == at::kDouble;
     const Tensor sums = wide ? added_up<double>(results.shares) : added_up<float>(results.shares);
     if (results.weight)
       grad_weight = sums.narrow(1, 0, of_weight).to(weight.scalar_type()).contiguous().view(weight.sizes());

@@ -45,9 +45,17 @@ constexpr int kRemainder = 2;  // row blocks of 2, then single rows, finish what
 
 static_assert(kVectors == 3, "multiply() finishes with one to three vectors");
 
+// What is done with an element of A, an element of B and their sum.
+struct MultiplyAdd {
+  template <typename Vec>
+  Vec operator()(const Vec& a, const Vec& b, const Vec& sum) const {
+    return at::vec::fmadd(a, b, sum);
+  }
+};
+
 // `full`: the last vector of a row is whole; otherwise only its first `last` elements exist. It must be
 // known at compile time: where it is not, the compiler keeps the accumulators in memory.
-template <typename T, int rows, int vectors, bool full>
+template <typename T, typename Fma, int rows, int vectors, bool full>
 inline __attribute__((always_inline)) void micro_kernel(
     Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t depth, Addend<T> addend, int64_t last, Prefetches& idle) {
   using Vec = at::vec::Vectorized<T>;
@@ -66,7 +74,7 @@ inline __attribute__((always_inline)) void micro_kernel(
       for (int v = 0; v < vectors; ++v) b_k[v] = load(b_row, v);
       for (int i = 0; i < rows; ++i) {
         const Vec a_ik(a_column[i * a.row]);
-        for (int v = 0; v < vectors; ++v) sum[i][v] = at::vec::fmadd(a_ik, b_k[v], sum[i][v]);
+        for (int v = 0; v < vectors; ++v) sum[i][v] = Fma()(a_ik, b_k[v], sum[i][v]);
       }
     }
     idle();
@@ -86,24 +94,24 @@ inline __attribute__((always_inline)) void micro_kernel(
     }
 }
 
-template <typename T, int vectors, bool full>
+template <typename T, typename Fma, int vectors, bool full>
 void row_blocks(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t depth,
                 Addend<T> addend, int64_t last, Prefetches& idle) {
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows)
-    micro_kernel<T, kRows, vectors, full>(a.from(i, 0), b, c.from(i, 0), depth, addend.from(i, 0), last, idle);
+    micro_kernel<T, Fma, kRows, vectors, full>(a.from(i, 0), b, c.from(i, 0), depth, addend.from(i, 0), last, idle);
   for (; i + kRemainder <= rows; i += kRemainder)
-    micro_kernel<T, kRemainder, vectors, full>(a.from(i, 0), b, c.from(i, 0), depth, addend.from(i, 0), last, idle);
+    micro_kernel<T, Fma, kRemainder, vectors, full>(a.from(i, 0), b, c.from(i, 0), depth, addend.from(i, 0), last, idle);
   for (; i < rows; ++i)
-    micro_kernel<T, 1, vectors, full>(a.from(i, 0), b, c.from(i, 0), depth, addend.from(i, 0), last, idle);
+    micro_kernel<T, Fma, 1, vectors, full>(a.from(i, 0), b, c.from(i, 0), depth, addend.from(i, 0), last, idle);
 }
 
 // The last columns, `vectors` of them, of the last vector `last` elements.
-template <typename T, int vectors>
+template <typename T, typename Fma, int vectors>
 void rest(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t last, int64_t depth,
           Addend<T> addend, Prefetches& idle) {
-  if (last == at::vec::Vectorized<T>::size()) row_blocks<T, vectors, true>(a, b, c, rows, depth, addend, last, idle);
-  else row_blocks<T, vectors, false>(a, b, c, rows, depth, addend, last, idle);
+  if (last == at::vec::Vectorized<T>::size()) row_blocks<T, Fma, vectors, true>(a, b, c, rows, depth, addend, last, idle);
+  else row_blocks<T, Fma, vectors, false>(a, b, c, rows, depth, addend, last, idle);
 }
 
 }  // namespace gemm
@@ -117,17 +125,18 @@ int64_t idle_calls(int64_t rows, int64_t columns, int64_t depth) {
 // c = a b + addend, with a (rows x depth), b (depth x columns), c and addend (rows x columns), and
 // b.col == c.col == addend.matrix.col == 1. The addend may be c itself.
 // `idle` is called idle_calls() times or more, evenly: the memory system has time for something else.
-template <typename T>
+// With another Fma an element of A and B may hold what that makes of it, see bfloat16_pairs.h.
+template <typename T, typename Fma = gemm::MultiplyAdd>
 void multiply(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns, int64_t depth,
               Addend<T> addend = {}, Prefetches idle = {}) {
   constexpr int64_t width = at::vec::Vectorized<T>::size(), panel = gemm::kVectors * width;
   int64_t j = 0;
   for (; j + panel <= columns; j += panel)
-    gemm::row_blocks<T, gemm::kVectors, true>(a, b.from(0, j), c.from(0, j), rows, depth, addend.from(0, j), width, idle);
+    gemm::row_blocks<T, Fma, gemm::kVectors, true>(a, b.from(0, j), c.from(0, j), rows, depth, addend.from(0, j), width, idle);
   const int64_t left = columns - j, whole = left > 0 ? (left - 1) / width : -1, last = left - whole * width;
-  if (whole == 2) gemm::rest<T, 3>(a, b.from(0, j), c.from(0, j), rows, last, depth, addend.from(0, j), idle);
-  else if (whole == 1) gemm::rest<T, 2>(a, b.from(0, j), c.from(0, j), rows, last, depth, addend.from(0, j), idle);
-  else if (whole == 0) gemm::rest<T, 1>(a, b.from(0, j), c.from(0, j), rows, last, depth, addend.from(0, j), idle);
+  if (whole == 2) gemm::rest<T, Fma, 3>(a, b.from(0, j), c.from(0, j), rows, last, depth, addend.from(0, j), idle);
+  else if (whole == 1) gemm::rest<T, Fma, 2>(a, b.from(0, j), c.from(0, j), rows, last, depth, addend.from(0, j), idle);
+  else if (whole == 0) gemm::rest<T, Fma, 1>(a, b.from(0, j), c.from(0, j), rows, last, depth, addend.from(0, j), idle);
 }
 
 // c += a b

@@ -1,0 +1,166 @@
+// The factors of the products of a pointwise convolution, packed: as numbers of the accumulation type, or, where the
+// processor multiplies bfloat16 itself, as pairs of those (bfloat16_pairs.h).
+//
+// Both hold a tile, rows x columns, that comes from one or several images: as second factor its rows are the depth of
+// the product, as first factor its columns are, and columns() is it transposed.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+
+#include <memory>
+#include <vector>
+
+#include "bfloat16_pairs.h"
+#include "tile_gemm.h"
+#include "tile_io.h"
+
+namespace restore_kernels {
+inline namespace CPU_CAPABILITY {
+namespace pointwise {
+
+using at::Tensor;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The distance of packed rows: an odd number of cache lines.
+inline int64_t pitch(int64_t columns) {
+  constexpr int64_t kLine = 16;  // elements
+  return (ceil_div(columns, kLine) | 1) * kLine;
+}
+
+inline Tensor in_working_type(const Tensor& weight) {
+  return weight.to(weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
+}
+
+// Scratch is taken when it is first needed: who only adds rows has no columns.
+template <typename T>
+class LazyScratch {
+ public:
+  explicit LazyScratch(int64_t count) : count_(count) {}
+  T* get() const {
+    if (!scratch_) scratch_ = std::make_unique<Scratch<T>>(count_);
+    return scratch_->get();
+  }
+
+ private:
+  int64_t count_;
+  mutable std::unique_ptr<Scratch<T>> scratch_;
+};
+
+template <typename S>
+class Numbers {
+  using T = Accumulate<S>;
+
+ public:
+  using Number = S;
+  using Fma = gemm::MultiplyAdd;
+  static constexpr int64_t kTogether = 1;  // numbers in an element, along the depth
+
+  Numbers(int64_t rows, int64_t columns)
+      : row_(pitch(columns)), column_(pitch(rows)), rows_(rows * row_), columns_(columns * column_) {}
+
+  // Rows `at` and following, or columns of the transposed tile.
+  void add(Matrix<const S> source, int64_t at, int64_t rows, int64_t columns) const {
+    copy_tile<S, T>(source, {rows_.get() + at * row_, row_}, rows, columns);
+  }
+  void add_columns(Matrix<const S> source, int64_t at, int64_t rows, int64_t columns) const {
+    copy_tile<S, T>(source, Matrix<T>{columns_.get() + at, column_}.transposed(), rows, columns);
+  }
+
+  Matrix<const T> second_factor(int64_t, int64_t) const { return {rows_.get(), row_}; }
+  Matrix<const T> first_factor() const { return {rows_.get(), row_}; }
+  Matrix<const T> columns() const { return {columns_.get(), column_}; }
+
+  void add_row_sums(T* sums, int64_t rows, int64_t columns) const {
+    for (int64_t i = 0; i < rows; ++i)
+      sums[i] += at::vec::reduce_all<T>([](auto a, auto b) { return a + b; }, rows_.get() + i * row_, columns);
+  }
+
+  // See FirstFactors.
+  static Tensor pack(const Tensor& matrices, bool) { return in_working_type(matrices); }
+  static Matrix<const T> packed(const Tensor& matrices, int64_t i, int64_t rows, int64_t columns, bool transposed) {
+    const Matrix<const T> matrix{matrices.const_data_ptr<T>() + i * rows * columns, columns};
+    return transposed ? matrix.transposed() : matrix;
+  }
+
+ private:
+  int64_t row_, column_;
+  LazyScratch<T> rows_, columns_;
+};
+
+class Pairs {
+ public:
+  using Number = c10::BFloat16;
+  using Fma = pairs::MultiplyAdd;
+  static constexpr int64_t kTogether = 2;
+
+  Pairs(int64_t rows, int64_t columns)
+      : row_(pitch(ceil_div(columns, 2))), joined_row_(pitch(columns)), column_(pitch(rows)), rows_(rows * row_),
+        joined_(ceil_div(rows, 2) * joined_row_), columns_(ceil_div(columns, 2) * column_) {}
+
+  void add(Matrix<const Number> source, int64_t at, int64_t rows, int64_t columns) const {
+    pairs::copy_rows(source, rows_.get() + at * row_, row_, rows, columns);
+  }
+  void add_columns(Matrix<const Number> source, int64_t at, int64_t rows, int64_t columns) const {
+    add(source, 0, rows, columns);
+    tile_io::transpose(rows_.get(), row_, columns_.get() + at, column_, rows, ceil_div(columns, 2));
+  }
+
+  Matrix<const float> second_factor(int64_t rows, int64_t columns) const {
+    pairs::join_rows(rows_.get(), 2 * row_, joined_.get(), joined_row_, rows, columns);
+    return {joined_.get(), joined_row_};
+  }
+  Matrix<const float> first_factor() const { return {rows_.get(), row_}; }
+  Matrix<const float> columns() const { return {columns_.get(), column_}; }
+
+  void add_row_sums(float* sums, int64_t rows, int64_t columns) const {
+    std::vector<float> wide(columns);
+    for (int64_t i = 0; i < rows; ++i) {
+      pairs::widen(rows_.get() + i * row_, wide.data(), columns);
+      sums[i] += at::vec::reduce_all<float>([](auto a, auto b) { return a + b; }, wide.data(), columns);
+    }
+  }
+
+  static Tensor pack(const Tensor& matrices, bool transposed) {
+    const int64_t rows = matrices.size(-4), columns = matrices.size(-3);
+    const Tensor plain = matrices.contiguous().view({-1, rows, columns});
+    if (!transposed) return (columns % 2 ? at::constant_pad_nd(plain, {0, 1}) : plain).view(at::kFloat);
+    const int64_t count = plain.size(0), size = ceil_div(rows, 2) * columns;
+    const Tensor joined = at::empty({count, size}, plain.options().dtype(at::kFloat));
+    for (int64_t i = 0; i < count; ++i)
+      pairs::join_rows(plain.const_data_ptr<Number>() + i * rows * columns, columns,
+                       joined.mutable_data_ptr<float>() + i * size, columns, rows, columns);
+    return joined;
+  }
+  static Matrix<const float> packed(const Tensor& matrices, int64_t i, int64_t rows, int64_t columns, bool transposed) {
+    const float* data = matrices.const_data_ptr<float>();
+    if (transposed) return Matrix<const float>{data + i * ceil_div(rows, 2) * columns, columns}.transposed();
+    return {data + i * rows * ceil_div(columns, 2), ceil_div(columns, 2)};
+  }
+
+ private:
+  int64_t row_, joined_row_, column_;  // distances, in pairs
+  LazyScratch<float> rows_, joined_, columns_;
+};
+
+// The weights of a call, one (outputs, channels, 1, 1) or one per image, as first factors, or transposed.
+template <typename Factors>
+class FirstFactors {
+ public:
+  FirstFactors(const Tensor& matrices, bool transposed)
+      : rows_(matrices.size(-4)), columns_(matrices.size(-3)), transposed_(transposed),
+        packed_(Factors::pack(matrices, transposed)) {}
+
+  auto operator[](int64_t i) const { return Factors::packed(packed_, i, rows_, columns_, transposed_); }
+
+ private:
+  int64_t rows_, columns_;
+  bool transposed_;
+  Tensor packed_;
+};
+
+}  // namespace pointwise
+}  // namespace CPU_CAPABILITY
+}  // namespace restore_kernels
