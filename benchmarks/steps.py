@@ -1,8 +1,10 @@
 """Measures where a training step of each network spends its time, and writes docs/training.md from it.
 
-``python benchmarks/steps.py`` measures all steps, ``python benchmarks/steps.py elf panet`` those of some
-networks, into benchmarks/results/steps/<machine>.json; both write the page. ``--table`` only writes the
-page. ``--compile`` times torch.compile of eager PyTorch too: compiling takes minutes for every network.
+``python benchmarks/steps.py`` measures all steps, ``python benchmarks/steps.py elf panet:48`` those of some
+networks or of one image size, into benchmarks/results/steps/<machine>.json; both write the page. ``--table``
+only writes the page. ``--compile`` times torch.compile of eager PyTorch too: compiling takes minutes for
+every network. ``--no-bf16`` leaves out our step in bf16: judging it takes eager steps in bf16, whose grouped
+convolutions take minutes.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from restore_nets.profiling import (
     COMPILED,
     EAGER,
     EAGER_LAST,
+    FORMATS,
     MIN_RUNS,
     OURS,
     OURS_BF16,
@@ -58,9 +61,9 @@ INTRODUCTION = f"""\
 machine. A step is the trainer's: forward, loss, backward, clipping of the gradients, AdamW, at the published
 size of the network, in float32. "Ours" and eager PyTorch are the same network with the fused operators and
 with `backend="eager"`; they take turns in one process. Eager PyTorch is measured with images and weights in
-NCHW and in channels_last; "eager" is the quicker one. torch.compile compiles eager PyTorch, whole and for
-this one size. Times are medians (20th to 80th percentile); kinds of operators are from the quickest of three
-steps under torch.profiler, so a little slower.
+NCHW and in channels_last: "eager" is the quicker one, "eager NCHW" is what PyTorch does by default and most
+people run. torch.compile compiles eager PyTorch, whole and for this one size. Times are medians (20th to 80th
+percentile); kinds of operators are from the quickest of three steps under torch.profiler, so a little slower.
 
 A kind has all that its operators call inside, and a gradient counts where the forward operator does that made
 it. Dense convolutions are 3x3; depthwise ones are 3x3 to 7x7; grouped ones have two inputs and one output
@@ -74,22 +77,19 @@ to them in eager PyTorch. The losses are those of {CURVE_STEPS} steps, a whole s
 unit in the last place before every step does."""
 
 
-def measure(models: list[str], compiled: bool) -> Path:
-    """Measure the steps of these networks, and keep those of the others that the file has."""
+def measure(steps: list[Step], ways: tuple[str, ...]) -> Path:
+    """Measure these of ``STEPS`` in these ways, and keep what the file has of the others."""
     machine = re.sub(r"[^a-z0-9]+", "-", processor_name().lower()).strip("-")
     path = RESULTS / f"{machine}.json"
     results = json.loads(path.read_text()) if path.exists() else []
-    for step in STEPS:
-        if step.model not in models:
-            continue
+    for step in steps:
 
         def say(stage: str, step: Step = step) -> None:
             print(f"{time.strftime('%X')} {_name(asdict(step))}: {stage}", flush=True)
 
-        result = profile_step(
-            step, tuple(WAYS), min_runs=FEW_RUNS.get(_name(asdict(step)), MIN_RUNS), on_stage=say
-        )
-        if step.model not in [earlier.model for earlier in STEPS[: STEPS.index(step)]]:
+        min_runs = FEW_RUNS.get(_name(asdict(step)), MIN_RUNS)
+        result = profile_step(step, ways, min_runs=min_runs, on_stage=say)
+        if step == next(first for first in STEPS if first.model == step.model):
             result["losses"] = loss_curves(Step(step.model, CURVE_SIZE), on_stage=say).data()
         results = [other for other in results if _name(other["step"]) != _name(result["step"])] + [result]
         results.sort(key=lambda result: (result["step"]["model"], result["step"]["size"]))
@@ -142,21 +142,25 @@ def machine_tables(results: list[dict[str, Any]]) -> str:
 
 def _step_table(results: list[dict[str, Any]]) -> list[str]:
     columns = (
-        "network, image", "ours", "eager", "against eager", "eager, the slower format", "torch.compile",
-        "against torch.compile", "ours, bf16", "against ours",
+        "network, image", "ours", "eager", "against eager", "against eager NCHW", "eager, the slower format",
+        "torch.compile", "against torch.compile", "ours, bf16", "against ours",
     )  # fmt: skip
     lines = _head(columns)
     for result in results:
         rows, name = result["alternatives"], _name(result["step"])
         eager = baseline(rows)
         slower = EAGER_LAST if eager == EAGER else EAGER
-        ratios = [_ratio(rows, OURS, eager), _ratio(rows, OURS, COMPILED), _ratio(rows, OURS_BF16, OURS)]
         cells = {which: _spread(result, which) for which in WAYS}
-        times = (cells[OURS], cells[eager], ratios[0], cells[slower], cells[COMPILED], ratios[1])
-        lines.append(_line(name, *times, cells[OURS_BF16], ratios[2]))
+        # Older results have eager PyTorch in the quicker format only, which need not be NCHW.
+        default = rows[EAGER]["memory_format"] == FORMATS[WAYS[EAGER].memory_format]
+        lines.append(_line(
+            name, cells[OURS], cells[eager], _ratio(rows, OURS, eager),
+            _ratio(rows, OURS, EAGER) if default else "", cells[slower], cells[COMPILED],
+            _ratio(rows, OURS, COMPILED), cells[OURS_BF16], _ratio(rows, OURS_BF16, OURS),
+        ))  # fmt: skip
     measured = {_name(result["step"]) for result in results}
     missing = [_name(asdict(step)) for step in STEPS if _name(asdict(step)) not in measured]
-    lines += [_line(name, "not measured", *[""] * 7) for name in missing]
+    lines += [_line(name, "not measured", *[""] * (len(columns) - 2)) for name in missing]
     wrong = [
         f"- {_name(result['step'])}, {which}: {why}"
         for result in results
@@ -253,16 +257,34 @@ def _line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def chosen(names: list[str]) -> list[Step]:
+    """The steps of networks given as NAME or NAME:SIZE, or all.
+
+    Raises:
+        ValueError: there is no such network or size.
+    """
+    known = {name for step in STEPS for name in (step.model, f"{step.model}:{step.size}")}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"MODEL must be of {', '.join(sorted(known))}; got {', '.join(unknown)}")
+    return [step for step in STEPS if not names or {step.model, f"{step.model}:{step.size}"} & set(names)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure training steps and write docs/training.md.")
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(list_models())}; all")
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help="network, or network:size; all, if none is given"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes each")
+    parser.add_argument("--no-bf16", action="store_true", help="without ours in bf16, which takes minutes")
     parser.add_argument("--table", action="store_true", help="only write the page")
     args = parser.parse_args()
-    if unknown := set(args.models) - set(list_models()):
-        parser.error(f"MODEL must be of {', '.join(list_models())}; got {', '.join(sorted(unknown))}")
+    try:
+        steps = chosen(args.models)
+    except ValueError as error:
+        parser.error(str(error))
     if not args.table:
-        print(f"wrote {measure(args.models or list_models(), args.compile)}")
+        left_out = {way for way, out in ((COMPILED, not args.compile), (OURS_BF16, args.no_bf16)) if out}
+        print(f"wrote {measure(steps, tuple(way for way in WAYS if way not in left_out))}")
     write_page()
     print(f"wrote {PAGE.relative_to(ROOT)}")
 

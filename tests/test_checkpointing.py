@@ -87,9 +87,8 @@ def test_nothing_is_recomputed_without_gradients():
         assert torch.equal(model(image), plain(image))
 
 
-@pytest.mark.parametrize("checkpointing", ["attention", "block"])
-def test_compiles_as_one_graph(checkpointing):
-    model = network("panet", checkpointing=checkpointing)
+def test_attention_alone_compiles_as_one_graph():
+    model = network("panet", checkpointing="attention")
     expected = step(model)
     for x, y in zip(step(torch.compile(model, fullgraph=True, backend="aot_eager")), expected, strict=True):
         torch.testing.assert_close(x, y)

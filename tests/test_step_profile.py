@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -287,6 +288,54 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "ways"),
+    [
+        ([], [EAGER, EAGER_LAST, OURS, OURS_BF16]),
+        (["--compile"], [EAGER, EAGER_LAST, COMPILED, OURS, OURS_BF16]),
+        (["--no-bf16"], [EAGER, EAGER_LAST, OURS]),
+    ],
+)
+def test_the_driver_measures_what_it_is_told(arguments, ways, tmp_path, monkeypatch):
+    """Each step in these ways, and the losses of a network at the first of its sizes only."""
+    steps, measured, curves = script(), [], []
+
+    class Curves:
+        def data(self) -> list:
+            return []
+
+    def profile(step, names, **_):
+        measured.append((step.model, step.size, list(names)))
+        return {"step": asdict(step)}
+
+    def losses(step, **_):
+        curves.append(step.model)
+        return Curves()
+
+    monkeypatch.setattr(steps, "profile_step", profile)
+    monkeypatch.setattr(steps, "loss_curves", losses)
+    monkeypatch.setattr(steps, "RESULTS", tmp_path)
+    monkeypatch.setattr(steps, "write_page", lambda: None)
+    monkeypatch.setattr("sys.argv", ["steps.py", "panet:96", "elf", *arguments])
+    steps.main()
+    assert measured == [("elf", 128, ways), ("panet", 96, ways)] and curves == ["elf"]
+    (path,) = tmp_path.iterdir()
+    assert ["losses" in result for result in json.loads(path.read_text())] == [True, False]
+    assert steps.chosen([]) == list(steps.STEPS)
+    assert [step.size for step in steps.chosen(["panet"])] == [48, 96]
+
+
+@pytest.mark.parametrize("name", ["panet:50", "pant", "elf:"])
+def test_the_driver_names_the_steps_there_are(name, monkeypatch, capsys):
+    steps = script()
+    monkeypatch.setattr("sys.argv", ["steps.py", name])
+    with pytest.raises(SystemExit):
+        steps.main()
+    assert (
+        f"elf, elf:128, pa_edsr, pa_edsr:48, panet, panet:48, panet:96; got {name}" in capsys.readouterr().err
+    )
+
+
 def test_the_page_of_training_shows_the_results():
     steps = script()
     assert steps.PAGE.read_text() == steps.page(), "run python benchmarks/steps.py --table"
@@ -302,7 +351,9 @@ def test_the_page_has_all_of_a_result(result):
     rows = [line for line in text.splitlines() if line.startswith("| drsformer")]
     assert rows[0].startswith("| drsformer 16x16 |") and rows[0].count("NCHW") == 2
     assert rows[0].count("not measured") == 2 and rows[1].count("wrong") == 1
+    times = result["alternatives"]
+    assert rows[0].split(" | ")[4] == f"{times[EAGER]['median'] / times[OURS]['median']:.2f}x"
     assert "- drsformer 24x24, ours, bf16: loss differs" in text
     (losses,) = (line for line in rows if f"{curves.ours[0]:.4f}" in line)
     assert " follows " in losses
-    assert {line.count("|") for line in text.splitlines() if line.startswith("| panet ")} == {10}
+    assert {line.count("|") for line in text.splitlines() if line.startswith("| panet ")} == {10, 11}
