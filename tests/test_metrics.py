@@ -24,7 +24,7 @@ def pictures(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
 def luma(image: torch.Tensor) -> np.ndarray:
     """Y of BT.601 in 16..235, from 8-bit levels."""
     red, green, blue = (image.double().numpy() * 255).round()
-    return 16 + (65.481 * red + 128.553 * green + 24.966 * blue) / 255
+    return 16 + (65481 * red + 128553 * green + 24966 * blue) / 255_000  # a whole number until it is divided
 
 
 def compared(image: torch.Tensor, preset: str) -> np.ndarray:

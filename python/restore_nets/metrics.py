@@ -25,6 +25,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ from restore_nets.models.options import suggestion
 PEAK = 255.0
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
-LUMA = (65.481, 128.553, 24.966)  # of BT.601, for R, G, B in [0, 1]
+LUMA = (65481.0, 128553.0, 24966.0)  # thousandths, of BT.601, for R, G, B in [0, 1]
 LUMA_OFFSET = 16.0
 
 
@@ -110,7 +111,9 @@ def _channels(image: Tensor, preset: Preset) -> Tensor:
     levels = (inside.detach().cpu().double().clamp(0, 1) * PEAK).round()
     if not preset.luma:
         return levels
-    luma = torch.tensordot(levels.new_tensor(LUMA) / PEAK, levels, dims=1)[None] + LUMA_OFFSET
+    # Of whole numbers, so exact before it is divided: half a level is half a level on every machine.
+    thousandths = sum(weight * channel for weight, channel in zip(LUMA, levels, strict=True))
+    luma = cast(Tensor, thousandths)[None] / (1000 * PEAK) + LUMA_OFFSET
     return luma.round() if preset.round_luma else luma
 
 
