@@ -130,9 +130,15 @@ template <typename T, typename Fma = gemm::MultiplyAdd>
 void multiply(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns, int64_t depth,
               Addend<T> addend = {}, Prefetches idle = {}) {
   constexpr int64_t width = at::vec::Vectorized<T>::size(), panel = gemm::kVectors * width;
+  // One vector left alone would wait for its own sums: the last four are two and two.
+  const int64_t in_panels = columns >= panel + width && columns % panel == width ? columns - panel - width : columns;
   int64_t j = 0;
-  for (; j + panel <= columns; j += panel)
+  for (; j + panel <= in_panels; j += panel)
     gemm::row_blocks<T, Fma, gemm::kVectors, true>(a, b.from(0, j), c.from(0, j), rows, depth, addend.from(0, j), width, idle);
+  if (in_panels < columns) {
+    gemm::row_blocks<T, Fma, 2, true>(a, b.from(0, j), c.from(0, j), rows, depth, addend.from(0, j), width, idle);
+    j += 2 * width;
+  }
   const int64_t left = columns - j, whole = left > 0 ? (left - 1) / width : -1, last = left - whole * width;
   if (whole == 2) gemm::rest<T, Fma, 3>(a, b.from(0, j), c.from(0, j), rows, last, depth, addend.from(0, j), idle);
   else if (whole == 1) gemm::rest<T, Fma, 2>(a, b.from(0, j), c.from(0, j), rows, last, depth, addend.from(0, j), idle);
