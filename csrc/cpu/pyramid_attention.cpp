@@ -6,7 +6,7 @@
 // their log-sum-exp before the second filter mixes them, hence two passes each way:
 //   forward   1  log-sum-exp of every query: q k, filter                            Cq
 //             2  again, P, filter, times v                                          Cq + Cv
-//   backward  1  delta = Σ P dP of every query, dP = out_scale box(do vᵀ)            Cq + Cv
+//   backward  1  delta = Σ P dP / Σ P of every query, dP = out_scale box(do vᵀ)      Cq + Cv
 //             2  again, dS = P (dP - delta), filters, products                      3 Cq + 2 Cv
 // multiply-adds per pair of a query pixel and a key pixel, 1 / patch_size² of what patches would take. Beside
 // them a vector of pairs needs 10 loads, stores and additions per filter and 12 operations per exponential.
@@ -146,18 +146,26 @@ void backward(const Tensor& grad_out, const Tensor& query, TensorList keys, Tens
   Shares<T> shares_of_delta(all, bands);
   all.run([&](int64_t task, const Chain* begin, const Chain* end) {
     Walk<T, kRadius> walk(p);
-    for (const Chain* chain = begin; chain < end; ++chain)
-      walk.delta(*chain, lse[chain->band].get(), shares_of_delta.of(task, chain->band, p.height * p.bands[chain->band].lanes));
+    for (const Chain* chain = begin; chain < end; ++chain) {
+      const int64_t count = p.height * p.bands[chain->band].lanes;
+      T* sums = shares_of_delta.of(task, chain->band, 2 * count);
+      walk.delta(*chain, lse[chain->band].get(), sums, sums + count);
+    }
   });
   Scratch<T> delta(p.height * p.width);
   std::vector<Scratch<T>> own;
   for (int64_t i = 0; i < bands; ++i) {
     const Band& band = p.bands[i];
-    Scratch<T> sums(p.height * band.lanes);
-    add_up(shares_of_delta.all(i), 0, p.height * band.lanes, out_scale, sums.get());
+    const int64_t count = p.height * band.lanes;
+    Scratch<T> sums(2 * count);
+    add_up(shares_of_delta.all(i), 0, 2 * count, T(1), sums.get());
+    // P has the rounding of its log-sum-exp, one factor for all of a query: divided by the sum of P, delta leaves none
+    // of itself in the sum of dS.
     for (int64_t y = 0; y < p.height; ++y)
-      std::copy_n(sums.get() + y * band.lanes + band.begin - band.left, band.end - band.begin,
-                  delta.get() + y * p.width + band.begin);
+      for (int64_t x = band.begin; x < band.end; ++x) {
+        const T* sum = sums.get() + y * band.lanes + x - band.left;
+        delta.get()[y * p.width + x] = out_scale * sum[0] / sum[count];
+      }
     own.emplace_back(band.lanes);
     std::fill_n(own.back().get(), band.lanes, T(0));
     std::fill_n(own.back().get() + band.begin - band.left, band.end - band.begin, T(1));

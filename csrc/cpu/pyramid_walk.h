@@ -102,23 +102,29 @@ struct Weights : Consumer {
   void end(const State& state, int64_t) { matter.add(state.matter.rows); }
 };
 
-// delta, per lane += Σ over rows of P t
+// delta and weights, per lane += Σ over rows of P t and of P
 template <typename T>
 struct Delta : Consumer {
   const T *log_sum_exp, *factors;
-  T* delta;
+  T *delta, *weights;
   struct State {
-    Vec<T> log_sum_exp, delta;
+    Vec<T> log_sum_exp, delta, weights;
   };
 
-  State begin(int64_t lane) const { return {Vec<T>::loadu(log_sum_exp + lane), Vec<T>::loadu(delta + lane)}; }
+  State begin(int64_t lane) const {
+    return {Vec<T>::loadu(log_sum_exp + lane), Vec<T>::loadu(delta + lane), Vec<T>::loadu(weights + lane)};
+  }
 
   void operator()(State& state, int64_t row, int64_t, const std::array<Vec<T>, 2>& sums) const {
     const Vec<T> p = weight(sums[0] * Vec<T>(factors[row]) - state.log_sum_exp);
     state.delta = at::vec::fmadd(p, sums[1], state.delta);
+    state.weights = state.weights + p;
   }
 
-  void end(const State& state, int64_t lane) const { state.delta.store(delta + lane); }
+  void end(const State& state, int64_t lane) const {
+    state.delta.store(delta + lane);
+    state.weights.store(weights + lane);
+  }
 };
 
 // P and the gradient of the products' sums, dS times the row's factor; and Σ over the band's own lanes of
@@ -203,11 +209,13 @@ class Walk {
                 });
   }
 
-  // delta (H x lanes) += Σ_l P box(do vᵀ)
-  void delta(const Chain& chain, const T* log_sum_exp, T* delta) {
+  // delta (H x lanes) += Σ_l P box(do vᵀ), weights (H x lanes) += Σ_l P
+  void delta(const Chain& chain, const T* log_sum_exp, T* delta, T* weights) {
     enter(chain);
     along<2>({&scores_, &slopes_of_weights_}, [&](int64_t i, Rows rows) { multiply_both(i, rows); },
-             [&](int64_t i, Rows) { return Delta<T>{{}, lanes(log_sum_exp, i), factors(i), lanes(delta, i)}; });
+             [&](int64_t i, Rows) {
+               return Delta<T>{{}, lanes(log_sum_exp, i), factors(i), lanes(delta, i), lanes(weights, i)};
+             });
   }
 
   struct Gradients {
