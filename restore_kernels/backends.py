@@ -8,9 +8,9 @@ falls back, except to others named after it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -83,18 +83,25 @@ class Call:
         operator: its name.
         kind: what distinguishes kernels of the same operator, such as the layout.
         tensors: its tensor arguments; the first one stands for all: device, dtype, shape.
-        uncovered: why the CUDA C++ kernels do not cover the call, whatever the device, or None.
+        refusals: of backends whose kernels do not cover the call, whatever the device: why.
+        not_by_default: of backends that are slower than a later one at such a call: why. ``auto`` leaves them
+            out.
     """
 
     operator: str
     kind: str
     tensors: tuple[Tensor, ...]
-    uncovered: str | None = None
+    refusals: Mapping[str, str] = field(default_factory=dict)
+    not_by_default: Mapping[str, str] = field(default_factory=dict)
 
 
 def why_not(call: Call) -> dict[str, str | None]:
     """For every backend, best first: why it cannot run the call, or None."""
-    return {name: _REASONS[name](call) for name in _order(call)}
+    return {name: _why_not(name, call) for name in _order(call)}
+
+
+def _why_not(name: str, call: Call) -> str | None:
+    return _REASONS[name](call) or call.refusals.get(name)
 
 
 def _order(call: Call) -> tuple[str, ...]:
@@ -103,6 +110,10 @@ def _order(call: Call) -> tuple[str, ...]:
     if x.device.type == "cuda" and choices.faster(f"{call.operator} {call.kind}", x) == "cuda":
         return "cuda", "triton", "cpu", "eager"
     return tuple(_REASONS)
+
+
+def _by_default(call: Call) -> tuple[str, ...]:
+    return tuple(name for name in _order(call) if name not in call.not_by_default)
 
 
 def _cpu(call: Call) -> str | None:
@@ -117,7 +128,7 @@ def _triton(call: Call) -> str | None:
 
 def _cuda(call: Call) -> str | None:
     x = call.tensors[0]
-    return _float64(x) or native.why_no_cuda(x.device.type, x.device.index) or call.uncovered
+    return _float64(x) or native.why_no_cuda(x.device.type, x.device.index)
 
 
 def _float64(x: Tensor) -> str | None:
@@ -140,8 +151,8 @@ def choose(call: Call, backend: Backend) -> str:
     """
     refusals = []
     for name in requested(backend):
-        for candidate in _order(call) if name == "auto" else (name,):
-            reason = _REASONS[candidate](call)
+        for candidate in _by_default(call) if name == "auto" else (name,):
+            reason = _why_not(candidate, call)
             if reason is None:
                 return candidate
             refusals.append(f"backend {candidate!r} cannot run this call: {reason}")
@@ -150,17 +161,26 @@ def choose(call: Call, backend: Backend) -> str:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend a call gets (``chosen``, None if no requested one can run it), and why."""
+    """Which backend a call gets (``chosen``, None if no requested one can run it), and why.
+
+    ``why_not`` has None for a backend that can run the call; ``not_by_default`` says why ``auto`` leaves one
+    out all the same.
+    """
 
     operator: str
     requested: str
     chosen: str | None
     why_not: dict[str, str | None]
+    not_by_default: Mapping[str, str]
 
     def __str__(self) -> str:
         lines = [f"{self.operator}: requested {self.requested}, runs on {self.chosen or 'nothing'}"]
         for name, reason in self.why_not.items():
-            state = "chosen" if name == self.chosen else "available" if reason is None else f"no: {reason}"
+            state = "available" if reason is None else f"no: {reason}"
+            if name == self.chosen:
+                state = "chosen"
+            elif reason is None and name in self.not_by_default:
+                state = f"available, not by default: {self.not_by_default[name]}"
             lines.append(f"  {name:<7}{state}")
         return "\n".join(lines)
 
@@ -181,5 +201,6 @@ def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     names = requested(kwargs.get("backend", "auto"))
     reasons = why_not(call)
     runnable = [candidate for candidate, reason in reasons.items() if reason is None]
-    chosen = (runnable[0] if name == "auto" else name for name in names if name in ("auto", *runnable))
-    return Explanation(call.operator, ", ".join(names), next(chosen, None), reasons)
+    default = next(candidate for candidate in _by_default(call) if candidate in runnable)
+    chosen = (default if name == "auto" else name for name in names if name in ("auto", *runnable))
+    return Explanation(call.operator, ", ".join(names), next(chosen, None), reasons, call.not_by_default)

@@ -1,11 +1,19 @@
-"""Which calls the CUDA C++ kernels do not cover, whatever the device."""
+"""Which calls the kernels of a backend do not cover, whatever the device: ``Call.refusals``."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+NO_KERNELS = "it has no kernels for this operator"
+NO_CUDA = {"cuda": NO_KERNELS}
+
 MOST_CHANNELS, MOST_BRANCHES = 256, 32  # csrc/cuda/channel_rows.cuh
 MOST_TOKEN_COLUMNS, MOST_TOKEN_BRANCHES = 128, 8  # csrc/cuda/token_launch.h, csrc/cuda/token_weights.cuh
+
+
+def of_cuda(reason: str | None) -> dict[str, str]:
+    """The refusals of a call that the CUDA C++ kernels do not cover for this reason, if there is one."""
+    return {} if reason is None else {"cuda": reason}
 
 
 def cuda_channels(q: Tensor, branches: int = 1) -> str | None:

@@ -22,14 +22,14 @@ _library = torch.library.Library("restore_kernels", "FRAGMENT")
 
 
 def register(
-    schemas: Mapping[str, str], fakes: Mapping[str, Callable], triton_module: str
+    schemas: Mapping[str, str], fakes: Mapping[str, Callable], triton_module: str | None
 ) -> Callable[[str, str], Callable[..., Any]]:
     """Define the passes of an operator; returns what finds one: ``overload(name, backend)``.
 
     Args:
         schemas: arguments and results of every pass, by its name.
         fakes: the meta kernel of every pass.
-        triton_module: has a function of the name of every pass.
+        triton_module: has a function of the name of every pass; None: Triton has none.
     """
     # {(name, backend): operator}. Looking an overload up by name takes longer than calling it.
     overloads: dict[tuple[str, str], torch._ops.OpOverload] = {}
@@ -40,7 +40,8 @@ def register(
             _library.define(full_name + schema, tags=tags)
             torch.library.register_fake(f"restore_kernels::{full_name}", fakes[name], lib=_library)
             overloads[name, backend] = getattr(getattr(torch.ops.restore_kernels, name), backend)
-        _library.impl(f"{name}.triton", _imported(triton_module, name), "CompositeExplicitAutograd")
+        if triton_module is not None:
+            _library.impl(f"{name}.triton", _imported(triton_module, name), "CompositeExplicitAutograd")
 
     def overload(name: str, backend: str) -> Callable[..., Any]:
         """The operator ``restore_kernels::name`` of a backend, its library loaded."""

@@ -324,6 +324,6 @@ def test_the_faster_one_comes_first(monkeypatch, faster):
     call = backends.Call("topk_attention", "channel", (OnGPU(),))  # type: ignore[arg-type]
     assert backends.choose(call, "auto") == faster
     assert asked == ["topk_attention channel"]
-    refused = backends.Call("topk_attention", "channel", (OnGPU(),), "too large")  # type: ignore[arg-type]
+    refused = backends.Call("topk_attention", "channel", (OnGPU(),), {"cuda": "too large"})  # type: ignore[arg-type]
     assert backends.choose(refused, "auto") == "triton"
     assert backends.why_not(refused)["cuda"] == "too large"

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from restore_kernels import checks
+from restore_kernels import checks, coverage
 from restore_kernels.backends import Backend, Call, choose
 from restore_kernels.channel_norm import autograd, reference
 from restore_kernels.functions import plain_calls
@@ -62,7 +62,7 @@ def _check(x, weight, bias, eps) -> None:
 
 def _call(x: Tensor, bias: Tensor | None) -> Call:
     kind = "without bias" if bias is None else "with bias"
-    return Call("channel_norm", kind, (x,), "it has no kernels for this operator")
+    return Call("channel_norm", kind, (x,), coverage.NO_CUDA)
 
 
 def _plan(x, weight, bias=None, *, eps=1e-5, backend="auto"):

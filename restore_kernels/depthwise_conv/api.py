@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from restore_kernels import checks
+from restore_kernels import checks, coverage
 from restore_kernels.backends import Backend, Call, choose
 from restore_kernels.depthwise_conv import autograd, reference
 from restore_kernels.functions import plain_calls
@@ -120,7 +120,7 @@ def _kind(x: Any) -> str:
 def _call(x: list[Tensor], weight: Tensor, *others: Tensor | None) -> Call:
     tensors = (*x, weight, *(tensor for tensor in others if tensor is not None))
     kind = "x".join(map(str, weight.shape[2:]))
-    return Call("depthwise_conv2d", kind, tensors, "it has no kernels for this operator")
+    return Call("depthwise_conv2d", kind, tensors, coverage.NO_CUDA)
 
 
 def _plan(

@@ -93,7 +93,7 @@ def _check(q, k, v, mask, temperature, layout, out_proj) -> None:
 
 def _call(q: Tensor, k: Tensor, v: Tensor, layout: str) -> Call:
     uncovered = coverage.cuda_channels(q) if layout == "channel" else coverage.cuda_tokens(q, v)
-    return Call("masked_attention", layout, (q, k, v), uncovered)
+    return Call("masked_attention", layout, (q, k, v), coverage.of_cuda(uncovered))
 
 
 def _plan(q, k, v, mask=None, *, temperature=None, normalize=True, layout="channel", out_proj=None,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from restore_kernels import checks
+from restore_kernels import checks, coverage
 from restore_kernels.backends import Backend, Call, choose
 from restore_kernels.functions import plain_calls
 from restore_kernels.pointwise_conv import autograd, reference
@@ -66,7 +66,7 @@ def _prepare(x: Any, weight: Any, bias: Any) -> tuple[tuple[Tensor, ...], Tensor
 
 def _call(images: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None) -> Call:
     tensors = (*images, weight) if bias is None else (*images, weight, bias)
-    return Call("pointwise_conv2d", "1x1", tensors, "it has no kernels for this operator")
+    return Call("pointwise_conv2d", "1x1", tensors, coverage.NO_CUDA)
 
 
 def _plan(x, weight, bias=None, *, backend="auto"):

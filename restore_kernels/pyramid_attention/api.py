@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from restore_kernels import checks, native
+from restore_kernels import checks, coverage, native
 from restore_kernels.backends import Backend, Call, choose
 from restore_kernels.functions import eager
 from restore_kernels.pyramid_attention import autograd, reference
@@ -101,7 +101,7 @@ def _call(
     query: Tensor, keys: list[Tensor], values: list[Tensor], patch_size: int, hard: bool
 ) -> Call:  # fmt: skip
     kind, uncovered = "hard" if hard else "soft", _uncovered(query, values[0], patch_size, hard)
-    return Call("pyramid_attention", kind, (query, *keys, *values), uncovered)
+    return Call("pyramid_attention", kind, (query, *keys, *values), coverage.of_cuda(uncovered))
 
 
 def _uncovered(query: Tensor, value: Tensor, patch_size: int, hard: bool) -> str | None:

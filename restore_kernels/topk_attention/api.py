@@ -116,7 +116,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, layout: str, branches: int) -> Call:
         uncovered = coverage.cuda_channels(q, branches)
     else:
         uncovered = coverage.cuda_tokens(q, v, branches)
-    return Call("topk_attention", layout, (q, k, v), uncovered)
+    return Call("topk_attention", layout, (q, k, v), coverage.of_cuda(uncovered))
 
 
 def _plan(q, k, v, topk, *, weights=None, temperature=None, normalize=True, layout="channel",
