@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import restore_kernels
-import restore_kernels.nn
+from restore_kernels.nn import multi_input_attention, projected_attention, pyramid
 from restore_kernels.profiling.baselines import published_masked_attention, published_pyramid_attention
 from restore_nets import attention_calls, create_model
 from restore_nets.attention_calls import AttentionCall, PyramidCall, time_attention
@@ -72,9 +72,9 @@ def test_recording_leaves_nothing_behind():
     model = create_model("elf", n_feat=4)
     with pytest.raises(ValueError, match="x must have shape"):
         attention_calls.attention_calls(model, torch.rand(2, 4, 8, 8))
-    assert restore_kernels.nn.topk_attention is restore_kernels.topk_attention
-    assert restore_kernels.nn.masked_attention is restore_kernels.masked_attention
-    assert restore_kernels.nn.pyramid_attention is restore_kernels.pyramid_attention
+    assert projected_attention.topk_attention is restore_kernels.topk_attention
+    assert multi_input_attention.masked_attention is restore_kernels.masked_attention
+    assert pyramid.pyramid_attention is restore_kernels.pyramid_attention
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)

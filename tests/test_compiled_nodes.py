@@ -80,6 +80,12 @@ def norm_without_bias(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
     return lambda x, weight: restore_kernels.channel_norm(x, weight, backend="cpu"), tensors
 
 
+def dense_conv(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32  # what it computes
+    tensors = [normal(2, 3, 5, 7, dtype=wide), normal(4, 3, 3, 3, dtype=wide), normal(4, dtype=wide)]
+    return lambda x, weight, bias: restore_kernels.dense_conv2d(x, weight, bias, backend="cpu"), tensors
+
+
 def pointwise_conv(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
     shapes = ((2, 3, 5, 4), (2, 6, 5, 4), (7, 9, 1, 1), (7,))
     return lambda a, b, weight, bias: restore_kernels.pointwise_conv2d(
@@ -112,7 +118,7 @@ CASES = [
     topk_channel, topk_channel_projected, topk_token,
     masked_channel, masked_channel_projected, masked_token,
     norm_with_bias, norm_without_bias,
-    pointwise_conv, pointwise_conv_per_image,
+    dense_conv, pointwise_conv, pointwise_conv_per_image,
     depthwise_gated, depthwise_rectified,
 ]  # fmt: skip
 

@@ -377,7 +377,7 @@ def test_losses_of_a_wrong_kernel_do_not_follow_eager(attention, passes, photos,
 
     steps = 12
     with monkeypatch.context() as patch:
-        patch.setattr(restore_kernels.nn, "topk_attention", attention)
+        patch.setattr(restore_kernels.nn.projected_attention, "topk_attention", attention)
         trainer = make_trainer()
         trainer.train(until=steps)
     calls = []

@@ -83,7 +83,7 @@ def test_nothing_after_the_projections_runs(panet, monkeypatch):
     def never(*args, **options):
         raise AssertionError
 
-    monkeypatch.setattr("restore_kernels.nn.pyramid_attention", never)
+    monkeypatch.setattr("restore_kernels.nn.pyramid.pyramid_attention", never)
     find_matches(panet, photo(), (0, 0))
 
 

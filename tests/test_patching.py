@@ -16,6 +16,7 @@ import restore_kernels
 from restore_kernels import patch, use_backend
 from restore_kernels.nn import (
     ChannelNorm,
+    DenseConv2d,
     DepthwiseConv2d,
     MultiDconvAttention,
     PointwiseConv2d,
@@ -23,6 +24,7 @@ from restore_kernels.nn import (
 )
 
 REPLACED = {
+    "embed": DenseConv2d,
     "blocks.0.norm1": nn.Sequential,
     "blocks.0.norm1.body": ChannelNorm,
     "blocks.0.attn": MultiDconvAttention,
@@ -44,6 +46,7 @@ REPLACED = {
     "blocks.1.ffn.dwconv5x5": DepthwiseConv2d,
     "blocks.1.ffn.dwconv": DepthwiseConv2d,
     "blocks.1.ffn.project_out": PointwiseConv2d,
+    "tail": DenseConv2d,
 }
 
 
@@ -328,7 +331,7 @@ def test_print(model):
     text = str(patch(model))
     assert text in (Path(__file__).parents[1] / "README.md").read_text()
     lines = text.splitlines()
-    assert lines[0] == "replaced: 21"
+    assert lines[0] == "replaced: 23"
     assert "     1  Attention -> TopKSparseAttention  (blocks.1.attn)" in lines
     first = "blocks.0.attn.qkv_dwconv, blocks.0.ffn.dwconv, blocks.1.attn.qkv_dwconv, ..."
     assert f"     5  Conv2d -> DepthwiseConv2d  ({first})" in lines

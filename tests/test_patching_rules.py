@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from restore_kernels import channel_norm, patch
 from restore_kernels.nn import (
     ChannelNorm,
+    DenseConv2d,
     DepthwiseConv2d,
     MultiInputAttention,
     PointwiseConv2d,
@@ -46,6 +47,10 @@ POINTWISE = [
     nn.Conv2d(8, 4, 1), nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 8, 1, padding="same"),
     nn.Conv2d(8, 8, 1, padding="valid", padding_mode="reflect"),
 ]  # fmt: skip
+DENSE = [
+    nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(3, 8, 3, padding="same", bias=False),
+    nn.Conv2d(8, 8, 3, padding=1, dtype=torch.bfloat16),
+]  # fmt: skip
 DEPTHWISE = [
     depthwise(), depthwise(8, 1, bias=False), depthwise(8, 5), depthwise(8, 7, padding="same"),
     depthwise(8, 3, dilation=2, padding=2), nn.Conv2d(8, 4, 3, padding=1, groups=4),
@@ -56,7 +61,11 @@ DEPTHWISE = [
 
 @pytest.mark.parametrize(
     ("conv", "replacement"),
-    [(conv, DepthwiseConv2d) for conv in DEPTHWISE] + [(conv, PointwiseConv2d) for conv in POINTWISE],
+    [
+        *((conv, DepthwiseConv2d) for conv in DEPTHWISE),
+        *((conv, PointwiseConv2d) for conv in POINTWISE),
+        *((conv, DenseConv2d) for conv in DENSE),
+    ],
     ids=str,
 )
 def test_convolutions_are_swapped(conv, replacement):
@@ -85,6 +94,9 @@ def with_another_forward() -> nn.Conv2d:
 
 
 NEAR_MISSES = [
+    (nn.Conv2d(8, 8, 3), r"padding must be \(1, 1\); got \(0, 0\)"),
+    (nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), "padding_mode must be 'zeros'; got 'reflect'"),
+    (OtherConv2d(8, 8, 3, padding=1), "something else than nn.Conv2d"),
     (depthwise(8, 3, stride=2), r"stride must be \(1, 1\); got \(2, 2\)"),
     (depthwise(8, 3, padding_mode="reflect"), "padding_mode must be 'zeros'; got 'reflect'"),
     (depthwise(8, 9), "kernel_size must be 1, 3, 5 or 7; got 9"),
@@ -126,7 +138,8 @@ class Unmade(nn.Module):
 @pytest.mark.parametrize(
     "module",
     [
-        nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=2), nn.Conv1d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 8, 5, padding=2), nn.Conv2d(8, 8, 3, stride=2, padding=1),
+        nn.Conv2d(8, 8, 3, padding=2, dilation=2), nn.Conv2d(8, 8, 3, groups=2), nn.Conv1d(8, 8, 3, groups=8),
         nn.LayerNorm(8), Unmade(),
         nn.GroupNorm(1, 8), nn.BatchNorm2d(8), nn.PReLU(8), nn.Linear(8, 8), ChannelNorm(8),
     ],
@@ -339,7 +352,7 @@ def listening() -> Attention:
 )  # fmt: skip
 def test_attentions_that_are_refused(module, reason):
     patched = patch(nn.Sequential(module))
-    assert {x.new for x in patched.replaced} <= {DepthwiseConv2d, PointwiseConv2d}  # those within remain
+    assert {x.new for x in patched.replaced} <= {DenseConv2d, DepthwiseConv2d, PointwiseConv2d}  # within
     with pytest.raises(ValueError, match=reason):
         raise ValueError(patched.skipped[0].reason)
 

@@ -23,6 +23,7 @@ SHAPES = {
     "topk_attention": ["--shape", "2,1,8,64", "--branches", "4,none"],
     "masked_attention": ["--shape", "2,1,8,64"],
     "pyramid_attention": ["--shape", "1,4,5,10,11", "--levels", "3"],
+    "dense_conv2d": ["--shape", "1,6,10,11", "--outputs", "4"],
     "depthwise_conv2d": ["--shape", "1,6,10,11", "--activation", "prelu", "--gate", "with"],
     "pointwise_conv2d": ["--shape", "1,6,10,11", "--outputs", "4", "--images", "2"],
     "channel_norm": ["--shape", "1,6,10,11"],

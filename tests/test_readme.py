@@ -40,6 +40,7 @@ def given() -> dict[str, Any]:
         "q": q, "k": q.clone(), "v": q.clone(), "w": torch.ones(4), "t": torch.ones(1, 1, 1),
         "mask": torch.rand(16), "query": image, "keys": [image], "values": [image], "x": image,
         "weight": torch.ones(8, 1, 3, 3), "bias": None, "y": image, "weight_of_both": torch.ones(4, 16, 1, 1),
+        "weight_of_all": torch.ones(4, 8, 3, 3),
         "gamma": torch.ones(8), "beta": torch.zeros(8),
         "model": nn.Sequential(Restorer(), TheirNorm(3)), "TheirNorm": TheirNorm,
     }  # fmt: skip

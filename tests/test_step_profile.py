@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from restore_kernels.nn import DepthwiseConv2d
+from restore_kernels.nn import DenseConv2d, DepthwiseConv2d, PointwiseConv2d
 from restore_nets import cli, list_models, profiling
 from restore_nets.attribution import KINDS, OUTSIDE, break_down, convolution_kind
 from restore_nets.loss_curves import loss_curves
@@ -126,8 +126,17 @@ def test_work_is_that_of_its_module_and_kind():
     assert not model._forward_hooks and not model.first._forward_pre_hooks
 
 
-def test_own_convolutions_are_of_their_kind():
-    model, image = DepthwiseConv2d(8, 8, 3), torch.rand(1, 8, 16, 16, requires_grad=True)
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        (DepthwiseConv2d(8, 8, 3), "depthwise"),
+        (DepthwiseConv2d(8, 4, 3), "grouped"),
+        (PointwiseConv2d(8, 4), "pointwise"),
+        (DenseConv2d(8, 4), "dense"),
+    ],
+)
+def test_own_convolutions_are_of_their_kind(model, kind):
+    image = torch.rand(1, 8, 40, 40, requires_grad=True)
 
     def step(ranges):
         with ranges.of("forward"):
@@ -136,7 +145,7 @@ def test_own_convolutions_are_of_their_kind():
             y.sum().backward()
 
     found = break_down(step, model, steps=2)
-    assert found.kinds["depthwise convolution"].keys() == {"forward", "backward"}
+    assert found.kinds[f"{kind} convolution"].keys() == {"forward", "backward"}
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,33 @@ struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
   }
 };
 
+struct DenseConv : torch::autograd::Function<DenseConv> {
+  using Forward = Tensor(const Tensor&, const Tensor&, const OptionalTensor&);
+  using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const c10::List<bool>&);
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+    static const auto op = find<Forward>("restore_kernels::dense_conv");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({x, weight});
+    ctx->saved_data["has_bias"] = bias.has_value();
+    return op.call(x, weight, bias);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grad_out) {
+    static const auto op = find<Backward>("restore_kernels::dense_conv_backward");
+    const auto saved = ctx->get_saved_variables();
+    const bool of_bias = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2);
+    const c10::List<bool> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1), of_bias};
+    auto [grad_x, grad_weight, grad_bias] = [&] {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return op.call(grad_out[0], saved[0], saved[1], wanted);
+    }();
+    const auto if_wanted = [](bool is_wanted, const Tensor& grad) { return is_wanted ? grad : Tensor(); };
+    return once("dense_conv2d", {if_wanted(wanted[0], grad_x), if_wanted(wanted[1], grad_weight),
+                                 if_wanted(wanted[2], grad_bias)});
+  }
+};
+
 struct DepthwiseConv : torch::autograd::Function<DepthwiseConv> {
   using Activation = std::optional<std::string_view>;
   using Forward = Tensor(at::TensorList, const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
@@ -319,6 +346,9 @@ Tensor token_masked(const Tensor& q, const Tensor& k, const Tensor& v, const Opt
 }
 Tensor channel_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps) {
   return ChannelNorm::apply(x, weight, bias, eps);
+}
+Tensor dense_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  return DenseConv::apply(x, weight, bias);
 }
 Tensor depthwise_conv(const std::vector<Tensor>& x, const Tensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& slope, const OptionalTensor& gate, int64_t dilation,

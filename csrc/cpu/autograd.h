@@ -21,6 +21,7 @@ Tensor channel_masked(const Tensor& q, const Tensor& k, const Tensor& v, const O
 Tensor token_masked(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
                     const Tensor& temperature, bool normalize);
 Tensor channel_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps);
+Tensor dense_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 Tensor depthwise_conv(const std::vector<Tensor>& x, const Tensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& slope, const OptionalTensor& gate, int64_t dilation,
                       const std::optional<std::string>& activation);

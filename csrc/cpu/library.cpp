@@ -20,6 +20,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("channel_masked", restore_kernels::channel_masked, WithoutGil());
   m.def("token_masked", restore_kernels::token_masked, WithoutGil());
   m.def("channel_norm", restore_kernels::channel_norm, WithoutGil());
+  m.def("dense_conv", restore_kernels::dense_conv, WithoutGil());
   m.def("depthwise_conv", restore_kernels::depthwise_conv, WithoutGil());
   m.def("pointwise_conv", restore_kernels::pointwise_conv, WithoutGil());
   m.def("channel_norm_call", restore_kernels::channel_norm_call);

@@ -39,6 +39,10 @@ _CONVOLUTIONS = {  # where input and weight are among the arguments
 }  # fmt: skip
 # Convolutions of a group per output; where the weight is.
 _DEPTHWISE = {"restore_kernels::depthwise_conv": 1, "restore_kernels::depthwise_conv_backward": 2}
+_OWN_KINDS = {
+    f"restore_kernels::{kind}_conv{suffix}": f"{kind} convolution"
+    for kind in ("pointwise", "dense") for suffix in ("", "_backward")
+}  # fmt: skip
 _NORMS = ("ChannelNorm", "LayerNorm")  # modules of which everything is normalisation
 _ACTIVATIONS = {
     f"aten::{name}" for name in (
@@ -227,6 +231,8 @@ def _kind(event: Any, phase: str, path: Path) -> str | None:
     if event.name in _CONVOLUTIONS:
         image, weight = (event.input_shapes[i] for i in _CONVOLUTIONS[event.name])
         return convolution_kind(image, weight)
+    if event.name in _OWN_KINDS:
+        return _OWN_KINDS[event.name]
     if event.name in _DEPTHWISE:
         return _grouped_kind(event.input_shapes[_DEPTHWISE[event.name]])
     return "activation, gate" if event.name in _ACTIVATIONS and path[0] != "loss" else None

@@ -57,7 +57,9 @@ def _built_in(module: nn.Module) -> Sequence[nn.Module]:
 
 def _convolution(conv: nn.Conv2d) -> Sequence[nn.Module]:
     pointwise = conv.groups == 1 and conv.kernel_size == (1, 1)
-    if not pointwise and (conv.groups == 1 or conv.groups not in (conv.in_channels, conv.out_channels)):
+    dense = conv.groups == 1 and (conv.kernel_size, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1))
+    depthwise = conv.groups > 1 and conv.groups in (conv.in_channels, conv.out_channels)
+    if not (pointwise or dense or depthwise):
         return ()
     if type(conv) is not nn.Conv2d:
         raise ValueError("it may compute something else than nn.Conv2d; a rule can say that it does not")
@@ -65,6 +67,8 @@ def _convolution(conv: nn.Conv2d) -> Sequence[nn.Module]:
     bias = conv.bias is not None
     if pointwise:
         replacement = ours.PointwiseConv2d(conv.in_channels, conv.out_channels, bias=bias)
+    elif dense:
+        replacement = ours.DenseConv2d(conv.in_channels, conv.out_channels, bias=bias)
     else:
         (size, _), (dilation, _) = conv.kernel_size, conv.dilation
         _require("kernel_size", conv.kernel_size, (size, size))

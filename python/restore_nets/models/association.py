@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from restore_kernels.nn import DenseConv2d
 from restore_nets.models.fusion import ConvOptions
 from restore_nets.models.gated import GatedBlockOptions
 from restore_nets.models.options import check_association_options, check_integer, check_number
@@ -108,7 +109,7 @@ class DegradationMask(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.log_gain = nn.Parameter(torch.tensor([math.log(INITIAL_GAIN)]))
-        self.correction = nn.Conv2d(dim, 1, 3, padding=1)
+        self.correction = DenseConv2d(dim, 1)
         with torch.no_grad():
             self.correction.weight.zero_()
             self.correction.bias.fill_(INITIAL_BIAS)  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from restore_kernels.nn import ChannelNorm, PointwiseConv2d
+from restore_kernels.nn import ChannelNorm, DenseConv2d, PointwiseConv2d
 from restore_nets.models.options import UShapeOptions
 
 
@@ -45,13 +45,13 @@ class TransformerBlock(nn.Module):
 
 def downsample(dim: int) -> nn.Sequential:
     """(B, dim, H, W) -> (B, 2 dim, H/2, W/2)."""
-    conv = nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False)
+    conv = DenseConv2d(dim, dim // 2, bias=False)
     return body(nn.Sequential(conv, nn.PixelUnshuffle(2)))
 
 
 def upsample(dim: int) -> nn.Sequential:
     """(B, dim, H, W) -> (B, dim/2, 2H, 2W)."""
-    conv = nn.Conv2d(dim, 2 * dim, 3, padding=1, bias=False)
+    conv = DenseConv2d(dim, 2 * dim, bias=False)
     return body(nn.Sequential(conv, nn.PixelShuffle(2)))
 
 
@@ -85,7 +85,7 @@ class UShape(nn.Module):
         def level(depth: int, dim: int) -> nn.Sequential:
             return nn.Sequential(*(block(dim, heads[depth]) for _ in range(options.num_blocks[depth])))
 
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, 3, padding=1, bias=False)))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=DenseConv2d(3, dim, bias=False)))
         self.encoder_level0 = compensator(dim)
         self.encoder_level1 = level(0, dim)
         self.down1_2 = downsample(dim)
@@ -103,7 +103,7 @@ class UShape(nn.Module):
         self.up2_1 = upsample(2 * dim)
         self.decoder_level1 = level(0, 2 * dim)
         self.refinement = compensator(2 * dim)
-        self.output = nn.Conv2d(2 * dim, 3, 3, padding=1, bias=bias)
+        self.output = DenseConv2d(2 * dim, 3, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != 3 or x.numel() == 0:

@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restore_kernels.nn import ChannelNorm, DepthwiseConv2d, DynamicDualAttention, PointwiseConv2d
+from restore_kernels.nn import (
+    ChannelNorm,
+    DenseConv2d,
+    DepthwiseConv2d,
+    DynamicDualAttention,
+    PointwiseConv2d,
+)
 from restore_nets.models.blocks import TransformerBlock, UShape
 from restore_nets.models.halves import depthwise_halves, pointwise_halves
 from restore_nets.models.options import UShapeOptions, check_choice, check_integer, check_number
@@ -77,7 +83,7 @@ class SpatialFeedForward(nn.Module):
         hidden = int(dim * ffn_expansion)
 
         def convolve_normalise() -> tuple[nn.Module, ...]:
-            return nn.Conv2d(dim, dim, 3, padding=1, bias=bias), ChannelNorm(dim, norm), nn.ReLU()
+            return DenseConv2d(dim, dim, bias=bias), ChannelNorm(dim, norm), nn.ReLU()
 
         def depthwise(channels: int, activation: str | None = None) -> DepthwiseConv2d:
             return DepthwiseConv2d(channels, channels, 3, bias=bias, activation=activation)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restore_kernels.nn import DepthwiseConv2d, PointwiseConv2d
+from restore_kernels.nn import DenseConv2d, DepthwiseConv2d, PointwiseConv2d
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class ConvOptions:
     def conv(self, inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
         """A plain convolution that keeps the size, but for its stride."""
         size = self.kernel_size
+        if size == 3 and stride == 1:
+            return DenseConv2d(inputs, outputs, bias=self.bias)
         return nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2, bias=self.bias)
 
 

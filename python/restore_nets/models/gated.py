@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from restore_kernels.nn import (
     ChannelNorm,
+    DenseConv2d,
     DepthwiseConv2d,
     MultiDconvAttention,
     MultiInputAttention,
@@ -96,7 +97,7 @@ class ResidualBlocks(nn.Module):
     def __init__(self, options: GatedBlockOptions, heads: int, num_blocks: int) -> None:
         super().__init__()
         self.modules_body = nn.Sequential(*(options.block(heads) for _ in range(num_blocks)))
-        self.conv = nn.Conv2d(options.dim, options.dim, 3, padding=1, bias=options.bias)
+        self.conv = DenseConv2d(options.dim, options.dim, bias=options.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv(self.modules_body(x))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from restore_kernels.nn import PyramidAttention
+from restore_kernels.nn import DenseConv2d, PyramidAttention
 from restore_nets.models.options import check_choice, check_integer
 from restore_nets.models.residual import (
     MeanShift,
     ResidualBlock,
     check_image,
     check_residual_options,
-    conv,
     trunk,
 )
 
@@ -53,9 +52,9 @@ class PAEDSR(nn.Module):
         self.sub_mean = MeanShift(-1)
         self.msa = PyramidAttention(n_feats, reduction, res_scale=res_scale)  # also a part of the body
         self.add_mean = MeanShift(1)
-        self.head = nn.Sequential(conv(3, n_feats))
+        self.head = nn.Sequential(DenseConv2d(3, n_feats))
         self.body = trunk(block, n_resblocks, self.msa, n_feats)
-        self.tail = nn.Sequential(upsampler(scale, n_feats), conv(n_feats, 3))
+        self.tail = nn.Sequential(upsampler(scale, n_feats), DenseConv2d(n_feats, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x, 3)
@@ -66,5 +65,5 @@ class PAEDSR(nn.Module):
 def upsampler(scale: int, channels: int) -> nn.Sequential:
     """Sub-pixel convolutions, (B, channels, H, W) -> (B, channels, scale * H, scale * W): 4 is 2 twice."""
     factors = (2, 2) if scale == 4 else (scale,)
-    steps = [(conv(channels, factor**2 * channels), nn.PixelShuffle(factor)) for factor in factors]
+    steps = [(DenseConv2d(channels, factor**2 * channels), nn.PixelShuffle(factor)) for factor in factors]
     return nn.Sequential(*(module for step in steps for module in step))

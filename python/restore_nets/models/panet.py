@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from restore_kernels.nn import PyramidAttention
+from restore_kernels.nn import DenseConv2d, PyramidAttention
 from restore_nets.models.options import check_integer
 from restore_nets.models.residual import (
     MeanShift,
     ResidualBlock,
     check_image,
     check_residual_options,
-    conv,
     trunk,
 )
 
@@ -51,9 +50,9 @@ class PANet(nn.Module):
 
         # Nothing uses the shifts: published checkpoints hold them.
         self.sub_mean, self.add_mean = MeanShift(-1), MeanShift(1)
-        self.head = nn.Sequential(conv(colors, n_feats))
+        self.head = nn.Sequential(DenseConv2d(colors, n_feats))
         self.body = trunk(block, n_resblocks, PyramidAttention(n_feats, REDUCTION), n_feats)
-        self.tail = nn.Sequential(conv(n_feats, colors))
+        self.tail = nn.Sequential(DenseConv2d(n_feats, colors))
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x, self.colors)

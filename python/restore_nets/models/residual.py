@@ -10,14 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from restore_kernels.nn import PyramidAttention
+from restore_kernels.nn import DenseConv2d, PyramidAttention
 from restore_nets.models.options import check_integer, check_number
 
 MEAN = (0.4488, 0.4371, 0.4040)  # of the red, green and blue of DIV2K's photos
-
-
-def conv(channels: int, out: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, out, 3, padding=1)
 
 
 class ResidualBlock(nn.Module):
@@ -28,7 +24,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, activation: nn.Module, res_scale: float) -> None:
         super().__init__()
-        self.body = nn.Sequential(conv(channels, channels), activation, conv(channels, channels))
+        first, second = DenseConv2d(channels, channels), DenseConv2d(channels, channels)
+        self.body = nn.Sequential(first, activation, second)
         self.res_scale = res_scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +49,7 @@ def trunk(
 ) -> nn.Sequential:
     """Half of the residual blocks, pyramid attention, the other half, a 3x3 convolution."""
     first, second = ([block() for _ in range(n_resblocks // 2)] for _ in range(2))
-    return nn.Sequential(*first, attention, *second, conv(channels, channels))
+    return nn.Sequential(*first, attention, *second, DenseConv2d(channels, channels))
 
 
 def check_residual_options(n_resblocks: int, n_feats: int, reduction: int, res_scale: float) -> None:

@@ -1,0 +1,219 @@
+// The transforms of Winograd's minimal filtering F(2x2, 3x3): convolution by 16 instead of 36 multiplications for
+// every 2x2 results (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308).
+//
+// A tile is 2x2 pixels of the result, which see 4x4 pixels d of the input. With g the 3x3 weight:
+//   result = Aᵀ [ (G g Gᵀ) ∘ (Bᵀ d B) ] A
+//        | 1  0 -1  0 |       | 1    0    0  |       | 1  0 |
+//   Bᵀ = | 0  1  1  0 |   G = | 1/2  1/2 1/2 |   A = | 1  1 |
+//        | 0 -1  1  0 |       | 1/2 -1/2 1/2 |       | 1 -1 |
+//        | 0  1  0 -1 |       | 0    0    1  |       | 0 -1 |
+// Summed over channels the product is one of matrices for each of the 16 points. All coefficients are 1 but for those
+// of the weight, so that rounding stays that of a plain sum. The gradient of g is Gᵀ [ (A dy Aᵀ) ∘ (Bᵀ d B) ] G; that
+// of the input is a convolution by the weight turned by 180 degrees, whose transform is the same numbers in the order
+// of turned().
+//
+// Even and odd columns of an image lie apart here, so that a vector holds the same pixel of neighbouring tiles.
+#pragma once
+
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+
+#include "tile_io.h"
+
+namespace restore_kernels {
+inline namespace CPU_CAPABILITY {
+namespace winograd {
+
+constexpr int kSide = 4, kPoints = kSide * kSide, kTaps = 9;
+
+inline int turned(int point) {
+  constexpr int order[kSide] = {3, 1, 2, 0};
+  return order[point / kSide] * kSide + order[point % kSide];
+}
+
+// Of every point a matrix: rows are channels, columns tiles.
+template <typename T>
+class Planes {
+ public:
+  Planes(int64_t rows, int64_t columns)
+      : row_((ceil_div(columns, kLine) | 1) * kLine),
+        // Planes start in different sets of L1, for a transform writes to all of them at once.
+        plane_(ceil_div(rows * row_, kSets * kLine) * kSets * kLine + kSets / kPoints * kLine),
+        data_(kPoints * plane_) {}
+
+  Matrix<T> operator[](int point) const { return {data_.get() + point * plane_, row_}; }
+  T* at(int64_t row, int64_t column) const { return data_.get() + row * row_ + column; }
+  int64_t plane() const { return plane_; }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(T), kSets = 64;
+  static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+  int64_t row_, plane_;
+  Scratch<T> data_;
+};
+
+// The first `count` elements at p, zeros after them; none where count is not positive.
+template <typename T>
+at::vec::Vectorized<T> load_up_to(const T* p, int64_t count) {
+  using Vec = at::vec::Vectorized<T>;
+  if (count >= Vec::size()) return Vec::loadu(p);
+  return count > 0 ? Vec::loadu(p, count) : Vec(T(0));
+}
+
+template <typename T>
+void store_up_to(const at::vec::Vectorized<T>& x, T* p, int64_t count) {
+  if (count >= at::vec::Vectorized<T>::size()) x.store(p);
+  else if (count > 0) x.store(p, count);
+}
+
+// Rows of a channel, the even and the odd pixels of each apart, zero outside of the image.
+template <typename T>
+class SplitRows {
+  using Vec = at::vec::Vectorized<T>;
+
+ public:
+  SplitRows(int64_t rows, int64_t tiles)
+      : half_((tiles + 3 * Vec::size()) / Vec::size() * Vec::size()), data_(rows * 2 * half_) {}
+
+  // Rows y to y + count of a channel (height x width), from the even pixel x on, for this many tiles, and the pixel
+  // before and after those.
+  void load(const T* channel, int64_t row, int64_t height, int64_t width, int64_t y, int64_t x, int64_t count,
+            int64_t tiles) const {
+    for (int64_t i = 0; i < count; ++i) {
+      T *to_even = even(i), *to_odd = odd(i);
+      if (y + i < 0 || y + i >= height) {
+        std::fill_n(data_.get() + i * 2 * half_, 2 * half_, T(0));
+        continue;
+      }
+      const T* from = channel + (y + i) * row + x;
+      to_odd[-1] = x > 0 ? from[-1] : T(0);
+      for (int64_t j = 0; j <= tiles; j += Vec::size()) {
+        const int64_t left = width - x - 2 * j;
+        const auto [evens, odds] =
+            at::vec::deinterleave2(load_up_to(from + 2 * j, left), load_up_to(from + 2 * j + Vec::size(), left - Vec::size()));
+        evens.store(to_even + j);
+        odds.store(to_odd + j);
+      }
+    }
+  }
+
+  T* even(int64_t i) const { return data_.get() + i * 2 * half_; }
+  T* odd(int64_t i) const { return data_.get() + (i * 2 + 1) * half_ + Vec::size(); }
+
+ private:
+  int64_t half_;
+  Scratch<T> data_;
+};
+
+// Bᵀ d B of the tiles whose first row is row i of `rows`. `room`: as many columns may be written.
+template <typename T>
+void input(const SplitRows<T>& rows, int64_t i, T* target, int64_t plane, int64_t tiles, int64_t room) {
+  using Vec = at::vec::Vectorized<T>;
+  for (int64_t j = 0; j < tiles; j += Vec::size()) {
+    Vec t[kSide][kSide];
+    for (int r = 0; r < kSide; ++r) {
+      const T *even = rows.even(i + r) + j, *odd = rows.odd(i + r) + j;
+      const Vec d0 = Vec::loadu(odd - 1), d1 = Vec::loadu(even), d2 = Vec::loadu(odd), d3 = Vec::loadu(even + 1);
+      t[r][0] = d0 - d2, t[r][1] = d1 + d2, t[r][2] = d2 - d1, t[r][3] = d1 - d3;
+    }
+    for (int c = 0; c < kSide; ++c) {
+      const Vec results[kSide] = {t[0][c] - t[2][c], t[1][c] + t[2][c], t[2][c] - t[1][c], t[1][c] - t[3][c]};
+      for (int r = 0; r < kSide; ++r) store_up_to(results[r], target + (r * kSide + c) * plane + j, room - j);
+    }
+  }
+}
+
+// A dy Aᵀ of the tiles whose rows are rows i and i + 1.
+template <typename T>
+void output_gradient(const SplitRows<T>& rows, int64_t i, T* target, int64_t plane, int64_t tiles, int64_t room) {
+  using Vec = at::vec::Vectorized<T>;
+  const auto apply = [](const Vec& first, const Vec& second) {
+    return std::array<Vec, kSide>{first, first + second, first - second, second.neg()};
+  };
+  for (int64_t j = 0; j < tiles; j += Vec::size()) {
+    const auto upper = apply(Vec::loadu(rows.even(i) + j), Vec::loadu(rows.odd(i) + j));
+    const auto lower = apply(Vec::loadu(rows.even(i + 1) + j), Vec::loadu(rows.odd(i + 1) + j));
+    for (int c = 0; c < kSide; ++c) {
+      const auto results = apply(upper[c], lower[c]);
+      for (int r = 0; r < kSide; ++r) store_up_to(results[r], target + (r * kSide + c) * plane + j, room - j);
+    }
+  }
+}
+
+// Aᵀ m A + bias of tiles, as two rows of which `height` and of each `width` pixels exist.
+template <typename T>
+void output(const T* source, int64_t plane, T bias, T* target, int64_t row, int64_t tiles, int64_t room, int64_t height,
+            int64_t width) {
+  using Vec = at::vec::Vectorized<T>;
+  for (int64_t j = 0; j < tiles; j += Vec::size()) {
+    Vec s[2][kSide];
+    for (int c = 0; c < kSide; ++c) {
+      const auto m = [&](int r) { return load_up_to(source + (r * kSide + c) * plane + j, room - j); };
+      const Vec middle = m(1), third = m(2);
+      s[0][c] = m(0) + middle + third;
+      s[1][c] = middle - third - m(3);
+    }
+    for (int64_t r = 0; r < height; ++r) {
+      const Vec even = s[r][0] + s[r][1] + s[r][2] + Vec(bias), odd = s[r][1] - s[r][2] - s[r][3] + Vec(bias);
+      const auto [first, second] = at::vec::interleave2(even, odd);
+      store_up_to(first, target + r * row + 2 * j, width - 2 * j);
+      store_up_to(second, target + r * row + 2 * j + Vec::size(), width - 2 * j - Vec::size());
+    }
+  }
+}
+
+// Channels whose weights are transformed together.
+constexpr int64_t kTogether = 64;
+
+// G g Gᵀ of `count` weights of 3x3, which follow each other; point p at target[p * plane].
+template <typename T>
+void weights(const T* source, T* target, int64_t plane, int64_t count) {
+  T g[kTaps][kTogether], t[kSide][3][kTogether];
+  for (int64_t begin = 0; begin < count; begin += kTogether) {
+    const int64_t n = std::min(kTogether, count - begin);
+    for (int64_t i = 0; i < n; ++i)
+      for (int tap = 0; tap < kTaps; ++tap) g[tap][i] = source[(begin + i) * kTaps + tap];
+    const auto apply = [n](const T* g0, const T* g1, const T* g2, T* r0, T* r1, T* r2, T* r3) {
+      for (int64_t i = 0; i < n; ++i) {
+        const T ends = (g0[i] + g2[i]) / 2, middle = g1[i] / 2;
+        r0[i] = g0[i], r1[i] = ends + middle, r2[i] = ends - middle, r3[i] = g2[i];
+      }
+    };
+    for (int c = 0; c < 3; ++c) apply(g[c], g[3 + c], g[6 + c], t[0][c], t[1][c], t[2][c], t[3][c]);
+    for (int r = 0; r < kSide; ++r) {
+      T* to = target + r * kSide * plane + begin;
+      apply(t[r][0], t[r][1], t[r][2], to, to + plane, to + 2 * plane, to + 3 * plane);
+    }
+  }
+}
+
+// Gᵀ m G, the gradient of `count` weights from that of their transforms.
+template <typename T>
+void weight_gradients(const T* source, int64_t plane, T* target, int64_t count) {
+  T t[3][kSide][kTogether], g[3][kTogether];
+  for (int64_t begin = 0; begin < count; begin += kTogether) {
+    const int64_t n = std::min(kTogether, count - begin);
+    const auto apply = [n](const T* m0, const T* m1, const T* m2, const T* m3, T* g0, T* g1, T* g2) {
+      for (int64_t i = 0; i < n; ++i) {
+        const T sum = (m1[i] + m2[i]) / 2;
+        g0[i] = m0[i] + sum, g1[i] = (m1[i] - m2[i]) / 2, g2[i] = sum + m3[i];
+      }
+    };
+    for (int c = 0; c < kSide; ++c) {
+      const auto m = [&](int r) { return source + (r * kSide + c) * plane + begin; };
+      apply(m(0), m(1), m(2), m(3), t[0][c], t[1][c], t[2][c]);
+    }
+    for (int r = 0; r < 3; ++r) {
+      apply(t[r][0], t[r][1], t[r][2], t[r][3], g[0], g[1], g[2]);
+      for (int64_t i = 0; i < n; ++i)
+        for (int c = 0; c < 3; ++c) target[(begin + i) * kTaps + r * 3 + c] = g[c][i];
+    }
+  }
+}
+
+}  // namespace winograd
+}  // namespace CPU_CAPABILITY
+}  // namespace restore_kernels
