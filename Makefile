@@ -12,7 +12,7 @@ demo: $(VENV)/built
 	$(BIN)/restore-nets demo --out out/demo
 
 test: $(VENV)/built lint
-	$(BIN)/python -m pytest --require-backends cpu,triton,cuda --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --require-backends cpu,triton,cuda --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

@@ -31,6 +31,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
+# Files that compile kernels or whole networks, or interpret kernels: minutes each. They come first, or the
+# last of them would keep one worker busy alone.
+LONG = (
+    "_triton", "_cuda_", "_compiling", "_integration", "_step_profile", "_models", "_loss_curves", "_demo",
+    "_fuzz",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(word in item.path.stem for word in LONG))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     conformance.DEVICE = config.getoption("--device")
     conformance.REQUIRED = tuple(filter(None, config.getoption("--require-backends").split(",")))
