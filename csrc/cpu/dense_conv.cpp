@@ -101,23 +101,25 @@ struct Channels {
 template <typename T>
 class Weights {
  public:
-  explicit Weights(const Tensor& weight) : outputs_(weight.size(0)), channels_(weight.size(1)), data_(kPoints * plane()) {
+  explicit Weights(const Tensor& weight) : outputs_(weight.size(0)), channels_(weight.size(1)),
+        memory_(empty_result({kPoints * plane()}, weight.options())), data_(memory_.mutable_data_ptr<T>()) {
     const Tensor dense = weight.contiguous();
     at::parallel_for(0, outputs_, ceil_div(1 << 12, channels_), [&](int64_t begin, int64_t end) {
-      winograd::weights(dense.const_data_ptr<T>() + begin * channels_ * kTaps, data_.get() + begin * channels_, plane(),
+      winograd::weights(dense.const_data_ptr<T>() + begin * channels_ * kTaps, data_ + begin * channels_, plane(),
                         (end - begin) * channels_);
     });
   }
 
   Matrix<const T> operator()(int point, bool backwards) const {
-    const Matrix<const T> matrix{data_.get() + (backwards ? winograd::turned(point) : point) * plane(), channels_};
+    const Matrix<const T> matrix{data_ + (backwards ? winograd::turned(point) : point) * plane(), channels_};
     return backwards ? matrix.transposed() : matrix;
   }
 
  private:
   int64_t plane() const { return outputs_ * channels_; }
   int64_t outputs_, channels_;
-  Scratch<T> data_;
+  Tensor memory_;
+  T* data_;
 };
 
 // Transforms of one block of an image: f(rows, first of their rows, target, plane, tiles, room) makes a row of tiles.

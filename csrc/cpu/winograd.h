@@ -21,6 +21,7 @@
 #include <array>
 #include <cstdint>
 
+#include "result_memory.h"
 #include "tile_io.h"
 
 namespace restore_kernels {
@@ -42,17 +43,18 @@ class Planes {
       : row_((ceil_div(columns, kLine) | 1) * kLine),
         // Planes start in different sets of L1, for a transform writes to all of them at once.
         plane_(ceil_div(rows * row_, kSets * kLine) * kSets * kLine + kSets / kPoints * kLine),
-        data_(kPoints * plane_) {}
+        memory_(empty_result({kPoints * plane_}, c10::CppTypeToScalarType<T>::value)), data_(memory_.mutable_data_ptr<T>()) {}
 
-  Matrix<T> operator[](int point) const { return {data_.get() + point * plane_, row_}; }
-  T* at(int64_t row, int64_t column) const { return data_.get() + row * row_ + column; }
+  Matrix<T> operator[](int point) const { return {data_ + point * plane_, row_}; }
+  T* at(int64_t row, int64_t column) const { return data_ + row * row_ + column; }
   int64_t plane() const { return plane_; }
 
  private:
   static constexpr int64_t kLine = 64 / sizeof(T), kSets = 64;
   static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
   int64_t row_, plane_;
-  Scratch<T> data_;
+  at::Tensor memory_;  // kept between calls: half a megabyte and more, whose first touch would take a third of a call
+  T* data_;
 };
 
 // The first `count` elements at p, zeros after them; none where count is not positive.
