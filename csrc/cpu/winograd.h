@@ -53,7 +53,7 @@ class Planes {
   static constexpr int64_t kLine = 64 / sizeof(T), kSets = 64;
   static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
   int64_t row_, plane_;
-  at::Tensor memory_;  // kept between calls: half a megabyte and more, whose first touch would take a third of a call
+  at::Tensor memory_;  // kept between calls, where it is large: its first touch takes time
   T* data_;
 };
 
