@@ -29,8 +29,6 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 using winograd::kPoints, winograd::kTaps;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Some tiles of an image: rows x columns of them.
 struct Block {
   int64_t row, column, rows, columns;

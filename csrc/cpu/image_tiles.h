@@ -15,8 +15,6 @@ inline namespace CPU_CAPABILITY {
 
 using at::Tensor;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // How the pixels are divided: chunks are tasks, tiles are what is packed at a time. Depends on shapes
 // alone, so that sums are the same for any number of threads.
 struct Division {

@@ -1,4 +1,4 @@
-// A matrix in memory, with any strides.
+// A matrix in memory, with any strides, and the division that cuts one into tiles.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +16,8 @@ struct Matrix {  // element (i, j) at data[i * row + j * col]
   Matrix from(int64_t i, int64_t j) const { return {data + i * row + j * col, row, col}; }
   operator Matrix<const T>() const { return {data, row, col}; }
 };
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace CPU_CAPABILITY
 }  // namespace restore_kernels

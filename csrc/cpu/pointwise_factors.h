@@ -22,8 +22,6 @@ namespace pointwise {
 
 using at::Tensor;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The distance of packed rows: an odd number of cache lines.
 inline int64_t pitch(int64_t columns) {
   constexpr int64_t kLine = 16;  // elements

@@ -51,7 +51,6 @@ class Planes {
 
  private:
   static constexpr int64_t kLine = 64 / sizeof(T), kSets = 64;
-  static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
   int64_t row_, plane_;
   at::Tensor memory_;  // kept between calls, where it is large: its first touch takes time
   T* data_;
