@@ -5,6 +5,9 @@ Without a C++ compiler the package installs as pure Python and says which backen
 
 Where nvcc is, also without a GPU and for a CPU build of PyTorch, the CUDA library is compiled on PyTorch's
 stable ABI, for TORCH_CUDA_ARCH_LIST or else for Ampere, Hopper and Blackwell.
+
+RESTORE_KERNELS_BUILD=native builds for this machine alone, in less than half the time: one instruction set,
+and the CUDA library only for the GPUs that are here.
 """
 
 import os
@@ -13,65 +16,141 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.resolve()
+BUILD = ROOT / "build"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprfchw"],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mprfchw"],
 } if X86 else {"default": []}  # fmt: skip
-CUDA_LIBRARY = "restore_kernels._cuda"
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 OLDEST_NVCC = (12, 8)  # the first that knows compute capability 10.0
 
 
 def compiled_extensions():
+    """What setup() is to build."""
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        import torch
     except ImportError:
         sys.exit("restore_kernels is built against PyTorch: install it first (pip install torch), "
                  "then run: pip install --no-build-isolation -e .")  # fmt: skip
+    choice = os.environ.get("RESTORE_KERNELS_BUILD", "all")
+    if choice not in ("all", "native"):
+        sys.exit(f"RESTORE_KERNELS_BUILD must be 'all' or 'native', got {choice!r}")
+    native = choice == "native"
+    gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())} if native else ()
+    found = ";".join(f"{major}.{minor}" + "a" * (major == 9) for major, minor in sorted(gpus))
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or found
+    # What takes longest first, so that no core waits for it in the end.
+    libraries = {"_cuda": cuda_library(wanted or CUDA_ARCHITECTURES)} if has_nvcc() else {}
+    libraries |= {f"_cpu_{name}": cpu_library(name) for name in INSTRUCTION_SETS}
+    if native:
+        capability = torch.backends.cpu.get_cpu_capability().lower() if X86 else "default"
+        here = {f"_cpu_{capability}", "_cuda" if wanted else None}
+    else:
+        here = libraries.keys()
+    extensions = [Extension(f"restore_kernels.{name}", []) for name in libraries if name in here]
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": ninja_build(libraries.values())}}
 
-    class BuildPerInstructionSet(BuildExtension):
-        """Keeps the objects of the same source apart, one build directory per instruction set."""
 
-        def get_ext_filename(self, name):
+def ninja_build(parts):
+    """A command that builds what is wanted of these parts of a ninja file, and only what changed since."""
+
+    class NinjaBuild(build_ext):
+        def get_ext_filename(self, fullname):
             # The CUDA library is no module of one Python's: its name does not say for which Python it is.
-            if name.split(".")[-1] == CUDA_LIBRARY.split(".")[-1]:
-                return f"{name.replace('.', '/')}.so"
-            return super().get_ext_filename(name)
+            if fullname.endswith("_cuda"):
+                return f"{fullname.replace('.', '/')}.so"
+            return super().get_ext_filename(fullname)
 
-        def build_extension(self, ext):
-            if ext.name == CUDA_LIBRARY:
-                return build_cuda_library(Path(self.get_ext_fullpath(ext.name)))
-            shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
-            try:
-                super().build_extension(ext)
-            finally:
-                self.build_temp = shared
+        def build_extensions(self):
+            import ninja
 
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp"))
-    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.h"))
-    extensions = []
-    for name, flags in INSTRUCTION_SETS.items():
-        capability = name.upper()
-        flags = [
-            "-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
-            "-ffp-contract=off", "-fvisibility=hidden",
-            "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-ignored-qualifiers",
-            f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}",
-            f"-DRESTORE_KERNELS_FLAGS=\"{' '.join(flags)}\"", *flags,
-        ]  # fmt: skip
-        extensions.append(CppExtension(
-            f"restore_kernels._cpu_{name}", sources, depends=headers, include_dirs=[str(ROOT / "csrc/cpu")],
-            extra_compile_args=flags, extra_link_args=["-fopenmp"],
-        ))  # fmt: skip
-    if has_nvcc():
-        extensions.append(Extension(CUDA_LIBRARY, []))
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildPerInstructionSet}}
+            BUILD.mkdir(exist_ok=True)
+            (BUILD / "build.ninja").write_text("".join(parts))
+            jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+            wanted = [f"{extension.name.split('.')[-1]}.so" for extension in self.extensions]
+            subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", BUILD, *jobs, *wanted], check=True)
+            for extension, library in zip(self.extensions, wanted, strict=True):
+                path = Path(self.get_ext_fullpath(extension.name))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # A new file: a process that has the old one loaded keeps it.
+                path.unlink(missing_ok=True)
+                shutil.copyfile(BUILD / library, path)
+
+    return NinjaBuild
+
+
+def cpu_library(name):
+    """The part of the ninja file that builds the library for that instruction set."""
+    import torch
+    from torch.utils.cpp_extension import include_paths
+
+    flags = [
+        "-O3", "-g0", "-DNDEBUG", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
+        "-ffp-contract=off", "-fvisibility=hidden",
+        # The last two: GCC 12 says it of its own AVX-512 intrinsics.
+        "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-ignored-qualifiers",
+        "-Wno-uninitialized", "-Wno-maybe-uninitialized",
+        f"-DCPU_CAPABILITY={name.upper()}", f"-DCPU_CAPABILITY_{name.upper()}",
+        f"-DTORCH_EXTENSION_NAME=_cpu_{name}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        f"'-DRESTORE_KERNELS_FLAGS=\"{' '.join(INSTRUCTION_SETS[name])}\"'", *INSTRUCTION_SETS[name],
+        *(f"-isystem '{path}'" for path in [*include_paths(), sysconfig.get_path("include")]),
+    ]  # fmt: skip
+    compiler = os.environ.get("CXX", "c++")
+    return library(
+        f"_cpu_{name}", (ROOT / "csrc/cpu").glob("*.cpp"), compile=f"{compiler} {' '.join(flags)}",
+        link=f"{compiler} -fopenmp", libraries="-lc10 -ltorch -ltorch_cpu -ltorch_python",
+    )  # fmt: skip
+
+
+def cuda_library(architectures):
+    """The part of the ninja file that builds the CUDA library for such a list as "8.0;9.0a;10.0+PTX".
+
+    The assembler's report on every kernel lies beside each object.
+    """
+    from torch.utils.cpp_extension import include_paths
+
+    flags = [
+        "-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden",
+        *(f"-isystem '{path}'" for path in include_paths()),
+    ]  # fmt: skip
+    for name in architectures.replace(" ", ";").split(";"):
+        number = name.removesuffix("+PTX").replace(".", "")
+        code = f"[sm_{number},compute_{number}]" if name.endswith("+PTX") else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code={code}")
+    return library(
+        "_cuda", (ROOT / "csrc/cuda").glob("*.cu"), compile=f"nvcc {' '.join(flags)}",
+        link="nvcc", libraries="-lc10 -ltorch_cpu", report=" > $out.txt 2>&1 || (cat $out.txt; false)",
+    )  # fmt: skip
+
+
+def library(name, sources, *, compile, link, libraries, report=""):
+    from torch.utils.cpp_extension import library_paths
+
+    objects = {f"{name}/{source.stem}.o": os.path.relpath(source, BUILD) for source in sorted(sources)}
+    paths = " ".join(f"-L'{path}'" for path in library_paths())
+    return "\n".join([
+        f"rule compile{name}",
+        f"  command = {compile} -MD -MF $out.d -c $in -o $out{report}",
+        "  description = $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        f"rule link{name}",
+        f"  command = {link} -shared $in {paths} {libraries} -o $out",
+        "  description = $out",
+        *(f"build {target}: compile{name} {source}" for target, source in objects.items()),
+        f"build {name}.so: link{name} {' '.join(objects)}",
+        "", "",
+    ])  # fmt: skip
 
 
 def has_nvcc():
@@ -85,51 +164,6 @@ def has_nvcc():
               f"found {found}", file=sys.stderr)  # fmt: skip
         return False
     return True
-
-
-def architecture_flags():
-    """nvcc's flags for a list such as "8.0;9.0a;10.0+PTX"."""
-    flags = []
-    for name in (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES).replace(" ", ";").split(";"):
-        number = name.removesuffix("+PTX").replace(".", "")
-        code = f"[sm_{number},compute_{number}]" if name.endswith("+PTX") else f"sm_{number}"
-        flags.append(f"-gencode=arch=compute_{number},code={code}")
-    return flags
-
-
-def build_cuda_library(library):
-    """One object a source, by ninja; the assembler's report on every kernel lies beside each."""
-    import ninja
-    import torch
-
-    package = Path(torch.__file__).parent
-    folder = ROOT / "build/cuda"
-    folder.mkdir(parents=True, exist_ok=True)
-    flags = [
-        "-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-isystem={package / 'include'}",
-        f"-I{ROOT / 'csrc/cuda'}", *architecture_flags(),
-    ]  # fmt: skip
-    # The one that takes longest first, so that no core waits for it in the end.
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"), key=lambda p: (p.stem != "topk_attention", p))
-    objects = [f"{source.stem}.o" for source in sources]
-    libraries = f"-L{package / 'lib'} -ltorch_cpu -lc10"
-    (folder / "build.ninja").write_text("\n".join([
-        "rule compile",
-        f"  command = nvcc {' '.join(flags)} -MD -MF $out.d -c $in -o $out 2> $out.txt "
-        "|| (cat $out.txt; false)",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = nvcc -shared $in {libraries} -o $out",
-        *(f"build {name}: compile {source}" for name, source in zip(objects, sources, strict=True)),
-        f"build _cuda.so: link {' '.join(objects)}",
-        "",
-    ]))  # fmt: skip
-    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder, *jobs], check=True)
-    library.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / "_cuda.so", library)
 
 
 def has_compiler():

@@ -55,7 +55,7 @@ def cpu_library() -> Library:
             name,
             None,
             f"the compiled library restore_kernels.{name} is not installed; "
-            "build it with a C++ compiler: pip install --no-build-isolation -e .",
+            "build it on this machine with a C++ compiler: pip install --no-build-isolation -e .",
         )
     try:
         loaded_cpu_module = importlib.import_module(f"restore_kernels.{name}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-BUILD = ROOT / "build/cuda"
+BUILD = ROOT / "build"
 TABLE = ROOT / "csrc/cuda/resources.json"
 
 DISASSEMBLED = "sm_90a"  # the one architecture whose instructions are looked at: that takes long
@@ -49,18 +49,18 @@ def disassembler() -> Path | None:
 
 def brought_up_to_date() -> bool:
     """Whether the library was built here; if it was, its objects are those of the sources now."""
-    if not (BUILD / "build.ninja").exists():
+    if not (BUILD / "_cuda.so").exists():
         return False
     import ninja
 
-    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", BUILD], check=True, capture_output=True)
+    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", BUILD, "_cuda.so"], check=True, capture_output=True)
     return True
 
 
 def measured() -> Kernels:
     """What the kernels of the built library take."""
     kernels: Kernels = {}
-    for report in sorted(BUILD.glob("*.o.txt")):
+    for report in sorted((BUILD / "_cuda").glob("*.o.txt")):
         found = {(m[1], m[2]): m for m in REPORT.finditer(report.read_text())}
         used = _instructions(report.with_suffix(""))
         for key, name in zip(found, _demangled([name for name, _ in found]), strict=True):
