@@ -24,6 +24,7 @@
 #include "gate.h"
 #include "image_tiles.h"
 #include "result_memory.h"
+#include "row_products.h"
 
 namespace restore_kernels {
 inline namespace CPU_CAPABILITY {
@@ -54,31 +55,30 @@ Image<S> output_of(const Problem<T>& p, const Tensor& x, int64_t group) {
 // Per chunk: Gram matrix (C x C), then squared norms of q and of the gated k (2C).
 template <typename S, typename T>
 void gram_and_squares(const Problem<T>& p, const Division& division, const Tensor& q, const Tensor& k, T* partials) {
-  const int64_t C = p.channels, size = C * C + 2 * C;
+  const int64_t C = p.channels, size = C * C + 2 * C, lanes = C * at::vec::Vectorized<T>::size();
   at::parallel_for(0, p.batch * p.heads * division.chunks, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> q_tile(C * division.tile), k_tile(C * division.tile), q_lanes(C * at::vec::Vectorized<T>::size());
+    Scratch<T> q_tile(C * pitch(division.tile)), k_tile(C * pitch(division.tile)), squares(2 * lanes);
     Gate<T> gate(p.mask, C, division.tile);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t bh = task / division.chunks, b = bh / p.heads, h = bh % p.heads;
       const auto q_image = one_head<const S>(q, b, h), k_image = one_head<const S>(k, b, h);
       T* gram = partials + task * size;
       std::fill_n(gram, size, T(0));
-      std::fill_n(q_lanes.get(), C * at::vec::Vectorized<T>::size(), T(0));
+      std::fill_n(squares.get(), 2 * lanes, T(0));
       division.tiles(task % division.chunks, [&](int64_t n, int64_t count) {
-        const Matrix<T> columns{k_tile.get(), C};  // tile x C
-        const Matrix<const T> rows = read_rows<S, T>(q_image, n, count, {q_tile.get(), division.tile});  // C x tile
+        const Matrix<const T> q_rows = read_rows<S, T>(q_image, n, count, {q_tile.get(), pitch(division.tile)});
         gate.load(b, h, 1, n, count);
-        load_gated_columns<S, T>(k_image, gate, n, count, columns);
-        const int64_t calls = idle_calls<T>(C, C, count);
+        const Matrix<const T> k_rows = read_gated_rows<S, T>(k_image, gate, n, count, {k_tile.get(), pitch(division.tile)});
+        const int64_t calls = idle_calls_of_rows<T>(C, C, count);
         auto next_q = prefetch(q_image, n + count, division.after(n), calls);
         auto next_k = prefetch(k_image, n + count, division.after(n), calls);
         if (p.normalize) {
-          add_lane_squares<T>(rows, q_lanes.get(), C, count);
-          add_column_squares<T>(columns, gram + C * C + C, count, C);
+          add_lane_squares<T>(q_rows, squares.get(), C, count);
+          add_lane_squares<T>(k_rows, squares.get() + lanes, C, count);
         }
-        multiply_add<T>(rows, columns, {gram, C}, C, C, count, {next_q, next_k});
+        multiply_rows<T>(q_rows, k_rows, {gram, C}, C, C, count, {next_q, next_k});
       });
-      fold_lanes(q_lanes.get(), gram + C * C, C);
+      fold_lanes(squares.get(), gram + C * C, 2 * C);
     }
   });
 }
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem<T>& p, const Tensor& q,
   const Tensor norms = at::empty({p.batch, p.heads, 2, C}, options);
   T *similarities = similarity.mutable_data_ptr<T>(), *all_norms = norms.mutable_data_ptr<T>();
 
-  const Division gram_division(p.pixels, C, heads);
+  const Division gram_division = Division::of_sums(p.pixels, C, heads);
   const int64_t partial_size = C * C + 2 * C;
   Scratch<T> partials(heads * gram_division.chunks * partial_size), mixture(heads * p.square());
   Scratch<T> projection(p.out_proj ? rows_out * in : 0), folded(p.out_proj ? p.batch * rows_out * in : 0);
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem<T>& p, const Tensor& q,
   const T* matrix = p.out_proj ? folded.get() : mixture.get();
 
   const Tensor out = p.out_proj ? empty_like_rows(v, {rows_out}) : empty_like_rows(v, {p.heads, C});
-  const Division division(p.pixels, std::max(in, rows_out), p.groups());
+  const Division division = Division::of_columns(p.pixels, std::max(in, rows_out), p.groups());
   at::parallel_for(0, p.groups() * division.chunks, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> v_tile(in * division.tile), out_tile(rows_out * division.tile);
     Gate<T> gate(p.mask, in, division.tile);
@@ -138,7 +138,7 @@ void backward_values(const Problem<T>& p, const Division& division, const Tensor
                      const T* matrix, T* partials, const Tensor& grad_v, const Tensor& grad_mask) {
   const int64_t in = p.rows_in(), rows_out = p.rows_out(), size = rows_out * in;
   at::parallel_for(0, p.groups() * division.chunks, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> v_tile(in * division.tile), do_tile(rows_out * division.tile), dv_tile(in * division.tile);
+    Scratch<T> v_tile(in * pitch(division.tile)), do_tile(rows_out * pitch(division.tile)), dv_tile(in * pitch(division.tile));
     Gate<T> gate(p.mask, in, division.tile);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / division.chunks, b = p.batch_of(group), h = p.head_of(group);
@@ -148,17 +148,18 @@ void backward_values(const Problem<T>& p, const Division& division, const Tensor
       T* partial = partials + task * size;
       std::fill_n(partial, size, T(0));
       division.tiles(task % division.chunks, [&](int64_t n, int64_t count) {
-        const Matrix<T> rows{do_tile.get(), division.tile}, columns{v_tile.get(), in}, scratch{dv_tile.get(), division.tile};
+        const Matrix<T> rows{do_tile.get(), pitch(division.tile)}, spare{v_tile.get(), pitch(division.tile)},
+            scratch{dv_tile.get(), pitch(division.tile)};
         load_rows<S, T>(do_image, n, count, rows);
         gate.load(b, h, v_image.heads, n, count);
-        load_gated_columns<S, T>(v_image, gate, n, count, columns);
-        auto this_dv = prefetch_for_writing(dv_image, n, count, idle_calls<T>(rows_out, in, count));
+        const Matrix<const T> v_rows = read_gated_rows<S, T>(v_image, gate, n, count, spare);
+        auto this_dv = prefetch_for_writing(dv_image, n, count, idle_calls_of_rows<T>(rows_out, in, count));
         const int64_t calls = idle_calls<T>(in, count, rows_out);
         auto next_do = prefetch(do_image, n + count, division.after(n), calls);
         auto next_v = prefetch(v_image, n + count, division.after(n), calls);
-        multiply_add<T>(rows, columns, {partial, in}, rows_out, in, count, {this_dv});
-        write_ungated_rows<S, T>(dv_image, v_image, gate, {v_tile.get(), division.tile}, grad_mask, b, h, n, count, false,
-                                 scratch, [&](Matrix<T> dv) {
+        multiply_rows<T>(rows, v_rows, {partial, in}, rows_out, in, count, {this_dv});
+        write_ungated_rows<S, T>(dv_image, v_image, gate, spare, grad_mask, b, h, n, count, false, scratch,
+                                 [&](Matrix<T> dv) {
           multiply<T>(Matrix<const T>{matrix + group * size, in}.transposed(), rows, dv, in, count, rows_out, {},
                       {next_do, next_v});
         });
@@ -171,7 +172,7 @@ template <typename S, typename T>
 void backward_queries_keys(const Problem<T>& p, const Tensor& q, const Tensor& k, const T* e, const T* diagonals,
                            const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_mask) {
   const int64_t C = p.channels, groups = p.batch * p.heads;
-  const Division division(p.pixels, C, groups);
+  const Division division = Division::of_columns(p.pixels, C, groups);
   at::parallel_for(0, groups * division.chunks, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> q_scratch(C * division.tile), k_scratch(C * division.tile), grad_scratch(C * division.tile);
     const Matrix<T> q_tile{q_scratch.get(), division.tile}, k_tile{k_scratch.get(), division.tile},
@@ -229,7 +230,7 @@ Gradients backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& q,
     }
   });
 
-  const Division division(p.pixels, std::max(in, rows_out), p.groups());
+  const Division division = Division::of_sums(p.pixels, std::max(in, rows_out), p.groups());
   Scratch<T> partials(p.groups() * division.chunks * size), grad_folded(p.out_proj ? p.batch * size : 0);
   backward_values<S, T>(p, division, grad_out, v, p.out_proj ? folded.get() : mixture.get(), partials.get(), grad_v, grad_mask);
   auto add = [&](int64_t group, T* target) {

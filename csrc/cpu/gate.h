@@ -20,7 +20,7 @@ class Gate {
   // For the tiles of one thread: at most `rows` x `tile`.
   Gate(const std::optional<Tensor>& mask, int64_t rows, int64_t tile)
       : mask_(mask), tile_(tile), per_channel_(mask && mask->size(2) > 1),
-        factors_(mask ? (per_channel_ ? rows : mask->size(1)) * tile : 0), columns_(per_channel_ ? rows * tile : 0) {}
+        factors_(mask ? (per_channel_ ? rows : mask->size(1)) * tile : 0) {}
 
   explicit operator bool() const { return mask_.has_value(); }
 
@@ -37,26 +37,6 @@ class Gate {
     for (int64_t row = 0; row < heads * channels; ++row)
       at::vec::map2([](Vec x, Vec m) { return x * m; }, target.data + row * target.row, source.data + row * source.row,
                     factors(row, channels), count);
-  }
-
-  // The factors of a head that all of its channels share; null if each has its own.
-  const T* shared(int64_t head) const { return per_channel_ ? nullptr : factors_.get() + head * tile_; }
-
-  // tile (count x heads * channels) *= factors
-  void columns(Matrix<T> tile, int64_t heads, int64_t channels, int64_t count) {
-    if (!mask_) return;
-    const int64_t width = heads * channels;
-    if (per_channel_)
-      copy_tile<T, T>(Matrix<const T>{factors_.get(), tile_}.transposed(), {columns_.get(), width}, count, width);
-    for (int64_t i = 0; i < count; ++i) {
-      T* row = tile.data + i * tile.row;
-      if (per_channel_)
-        at::vec::map2([](Vec x, Vec m) { return x * m; }, row, row, columns_.get() + i * width, width);
-      else
-        for (int64_t h = 0; h < heads; ++h)
-          at::vec::map([m = factors_.get()[h * tile_ + i]](Vec x) { return x * Vec(m); }, row + h * channels,
-                       row + h * channels, channels);
-    }
   }
 
   // From the gradient of gated rows and the rows before gating: the mask's gradient for these pixels is
@@ -111,7 +91,7 @@ class Gate {
   const std::optional<Tensor>& mask_;
   int64_t tile_;
   bool per_channel_;
-  Scratch<T> factors_, columns_;
+  Scratch<T> factors_;
 };
 
 // As load_rows, through the gate, whose factors for these pixels are loaded.
@@ -123,17 +103,12 @@ void load_gated_rows(const Image<const S>& image, const Gate<T>& gate, int64_t n
   if (gate) gate.rows(tile, tile, image.heads, image.channels, count);
 }
 
-// As load_columns, through the gate: in the same pass where channels share factors.
+// As read_rows, through the gate.
 template <typename S, typename T>
-void load_gated_columns(const Image<const S>& image, Gate<T>& gate, int64_t n, int64_t count, Matrix<T> tile) {
-  if (gate && gate.shared(0) && image.pixel_stride == 1) {
-    int64_t head = 0;
-    return image.each_head(n, [&](int64_t row, Matrix<const S> source) {
-      tile_io::transpose(source.data, source.row, tile.data + row, tile.row, image.channels, count, gate.shared(head++));
-    });
-  }
-  load_columns<S, T>(image, n, count, tile);
-  gate.columns(tile, image.heads, image.channels, count);
+Matrix<const T> read_gated_rows(const Image<const S>& image, const Gate<T>& gate, int64_t n, int64_t count, Matrix<T> scratch) {
+  if (!gate) return read_rows<S, T>(image, n, count, scratch);
+  load_gated_rows<S, T>(image, gate, n, count, scratch);
+  return scratch;
 }
 
 // As write_rows, where the product is the gradient of rows that passed the gate: back through it.

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <bit>
 #include <type_traits>
 
 #include "tile_gemm.h"
@@ -15,14 +16,24 @@ inline namespace CPU_CAPABILITY {
 
 using at::Tensor;
 
-// How the pixels are divided: chunks are tasks, tiles are what is packed at a time. Depends on shapes
+// How the pixels are divided: chunks are tasks, tiles are what is worked on at a time. Depends on shapes
 // alone, so that sums are the same for any number of threads.
 struct Division {
   int64_t pixels, chunk, chunks, tile;
 
-  Division(int64_t pixels, int64_t rows, int64_t groups) : pixels(pixels) {
-    constexpr int64_t kTasks = 64, kSmallestChunk = 1024, kTileElements = 12288, kPanel = 48;
-    tile = std::clamp<int64_t>(kTileElements / std::max<int64_t>(rows, 1) / kPanel * kPanel, kPanel, 384);
+  // Tiles whose pixels are the columns of a product, which takes 48 at a time.
+  static Division of_columns(int64_t pixels, int64_t rows, int64_t groups) {
+    constexpr int64_t kElements = 12288, kPanel = 48, kMost = 384;
+    return {pixels, groups, std::clamp<int64_t>(kElements / std::max<int64_t>(rows, 1) / kPanel * kPanel, kPanel, kMost)};
+  }
+  // Tiles whose pixels are added up: the longer, the less often lanes are.
+  static Division of_sums(int64_t pixels, int64_t rows, int64_t groups) {
+    constexpr uint64_t kElements = 49152, kLeast = 64, kMost = 1024;
+    return {pixels, groups, static_cast<int64_t>(std::clamp(std::bit_floor(kElements / std::max<uint64_t>(rows, 1)), kLeast, kMost))};
+  }
+
+  Division(int64_t pixels, int64_t groups, int64_t tile) : pixels(pixels), tile(tile) {
+    constexpr int64_t kTasks = 64, kSmallestChunk = 1024;
     const int64_t wanted = std::max<int64_t>(1, std::min(kTasks / std::max<int64_t>(groups, 1), pixels / kSmallestChunk));
     chunk = std::max(tile, ceil_div(ceil_div(pixels, wanted), tile) * tile);
     chunks = std::max<int64_t>(1, ceil_div(pixels, chunk));
@@ -93,12 +104,6 @@ Prefetch prefetch_for_writing(const Image<S>& image, int64_t n, int64_t count, i
   return {image.first_head(n), image.channels, count, calls, true};
 }
 
-// Transposed: pixels become the rows of the tile.
-template <typename S, typename T>
-void load_columns(const Image<const S>& image, int64_t n, int64_t count, Matrix<T> tile) {
-  load_rows<S, T>(image, n, count, tile.transposed());
-}
-
 // Whether the rows can be read and written where they lie: one matrix of the accumulation type whose
 // pixels are contiguous.
 template <typename T, typename S>
@@ -107,12 +112,16 @@ bool is_tile(const Image<S>& image) {
   return std::is_same_v<std::remove_const_t<S>, T> && image.pixel_stride == 1 && one_matrix;
 }
 
-// The rows of one head as a first factor, whose strides do not matter: where they lie if they can be read there,
-// else packed in `scratch`.
+// The rows of a tile: where they lie if they can be read there, else packed in `scratch`. Vectors that lie across two
+// cache lines take twice as long to read; a tile that is read often had better be packed.
 template <typename S, typename T>
 Matrix<const T> read_rows(const Image<const S>& image, int64_t n, int64_t count, Matrix<T> scratch) {
-  if constexpr (std::is_same_v<S, T>)
-    if (is_tile<T>(image)) return image.first_head(n);
+  constexpr int64_t kLine = 64;
+  if constexpr (std::is_same_v<S, T>) {
+    const Matrix<const T> rows = image.first_head(n);
+    const bool aligned = reinterpret_cast<uintptr_t>(rows.data) % kLine == 0 && rows.row * sizeof(T) % kLine == 0;
+    if (is_tile<T>(image) && aligned) return rows;
+  }
   load_rows<S, T>(image, n, count, scratch);
   return scratch;
 }

@@ -19,5 +19,11 @@ struct Matrix {  // element (i, j) at data[i * row + j * col]
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The distance of packed rows, in elements: an odd number of cache lines, so that they do not fight for the same sets.
+inline int64_t pitch(int64_t columns) {
+  constexpr int64_t kLine = 16;
+  return (ceil_div(columns, kLine) | 1) * kLine;
+}
+
 }  // namespace CPU_CAPABILITY
 }  // namespace restore_kernels

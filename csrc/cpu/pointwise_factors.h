@@ -22,12 +22,6 @@ namespace pointwise {
 
 using at::Tensor;
 
-// The distance of packed rows: an odd number of cache lines.
-inline int64_t pitch(int64_t columns) {
-  constexpr int64_t kLine = 16;  // elements
-  return (ceil_div(columns, kLine) | 1) * kLine;
-}
-
 inline Tensor in_working_type(const Tensor& weight) {
   return weight.to(weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
 }

@@ -30,11 +30,13 @@ class Prefetch {
   }
 
   void operator()() {
-    for (int64_t i = 0; i < lines_per_call_ && rows_ > 0; ++i) {
-      const char* line = data_ + column_;
-      if (write_) __builtin_prefetch(line, 1, kIntoL2);
-      else __builtin_prefetch(line, 0, kIntoL2);
-      column_ += kLine;
+    for (int64_t wanted = lines_per_call_; wanted > 0 && rows_ > 0;) {
+      const int64_t end = std::min(width_, column_ + wanted * kLine);
+      wanted -= ceil_div(end - column_, kLine);
+      if (write_)
+        for (; column_ < end; column_ += kLine) __builtin_prefetch(data_ + column_, 1, kIntoL2);
+      else
+        for (; column_ < end; column_ += kLine) __builtin_prefetch(data_ + column_, 0, kIntoL2);
       if (column_ >= width_) column_ = 0, data_ += row_, --rows_;
     }
   }
@@ -49,7 +51,7 @@ class Prefetch {
 
 // What a product does on the side.
 struct Prefetches {
-  Prefetch first, second;
+  Prefetch first{}, second{};
 
   void operator()() { first(), second(); }
 };

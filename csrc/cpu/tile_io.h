@@ -83,36 +83,21 @@ void transpose_block(const T* source, int64_t source_row, T* target, int64_t tar
     at::vec::transpose_mxn<T>(source, source_row, target, target_row, static_cast<int>(rows), static_cast<int>(columns));
 }
 
-// row (count) *= factors
-template <typename T>
-void multiply_row(T* row, const T* factors, int64_t count) {
-  using Vec = at::vec::Vectorized<T>;
-  for (int64_t i = 0; i < count; i += Vec::size()) {
-    const int64_t width = std::min<int64_t>(Vec::size(), count - i);
-    (Vec::loadu(row + i, width) * Vec::loadu(factors + i, width)).store(row + i, width);
-  }
-}
-
-// target (columns x rows) = source (rows x columns) transposed, both with contiguous rows; column j times factors[j].
+// target (columns x rows) = source (rows x columns) transposed, both with contiguous rows.
 template <typename S, typename T>
-void transpose(const S* source, int64_t source_row, T* target, int64_t target_row, int64_t rows, int64_t columns,
-               const T* factors = nullptr) {
+void transpose(const S* source, int64_t source_row, T* target, int64_t target_row, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; i += kBlock) {
     const int64_t height = std::min<int64_t>(kBlock, rows - i);
     for (int64_t j = 0; j < columns; j += kBlock) {
       const int64_t width = std::min<int64_t>(kBlock, columns - j);
       const S* from = source + i * source_row + j;
       T* to = target + j * target_row + i;
-      if (std::is_same_v<S, T> && !factors) {
-        transpose_block(reinterpret_cast<const T*>(from), source_row, to, target_row, height, width);
+      if constexpr (std::is_same_v<S, T>) {
+        transpose_block(from, source_row, to, target_row, height, width);
       } else {
         alignas(64) std::conditional_t<sizeof(S) < sizeof(T), T, S> block[kBlock * kBlock];
-        if constexpr (sizeof(S) <= sizeof(T)) {  // widen and multiply, then transpose
-          for (int64_t r = 0; r < height; ++r) {
-            T* row = block + r * kBlock;
-            at::vec::convert(from + r * source_row, row, width);
-            if (factors) multiply_row(row, factors + j, width);
-          }
+        if constexpr (sizeof(S) < sizeof(T)) {  // widen, then transpose
+          for (int64_t r = 0; r < height; ++r) at::vec::convert(from + r * source_row, block + r * kBlock, width);
           transpose_block(block, kBlock, to, target_row, height, width);
         } else {  // transpose, then narrow
           transpose_block(from, source_row, block, kBlock, height, width);
@@ -187,27 +172,6 @@ void add_lane_squares(Matrix<const T> x, T* lanes, int64_t length) {
   for (int r = 0; r < rows; ++r) total[r].store(lanes + r * Vec::size());
 }
 
-// Vectors of columns, each with two sums.
-template <typename T, int vectors>
-void add_column_squares(Matrix<const T> x, T* sum, int64_t count, int64_t last) {
-  using Vec = at::vec::Vectorized<T>;
-  Vec even[vectors], odd[vectors];
-  for (int v = 0; v < vectors; ++v) even[v] = odd[v] = Vec(T(0));
-  const auto square = [&](int64_t i, Vec* total) {
-    for (int v = 0; v < vectors; ++v) {
-      const Vec each = Vec::loadu(x.data + i * x.row + v * Vec::size(), v + 1 < vectors ? Vec::size() : last);
-      total[v] = at::vec::fmadd(each, each, total[v]);
-    }
-  };
-  for (int64_t i = 0; i + 1 < count; i += 2) square(i, even), square(i + 1, odd);
-  if (count % 2) square(count - 1, even);
-  for (int v = 0; v < vectors; ++v) {
-    T* p = sum + v * Vec::size();
-    const int64_t width = v + 1 < vectors ? Vec::size() : last;
-    (Vec::loadu(p, width) + even[v] + odd[v]).store(p, width);
-  }
-}
-
 }  // namespace tile_io
 
 // lanes (count x one vector) += squares of the rows' elements, each in the lane where it lies. fold_lanes adds the
@@ -225,17 +189,6 @@ void fold_lanes(const T* lanes, T* sum, int64_t count) {
   using Vec = at::vec::Vectorized<T>;
   for (int64_t i = 0; i < count; ++i)
     sum[i] = at::vec::vec_reduce_all<T>([](Vec a, Vec b) { return a + b; }, Vec::loadu(lanes + i * Vec::size()));
-}
-
-// sum[j] += sum of squares of column j.
-template <typename T>
-void add_column_squares(Matrix<const T> rows, T* sum, int64_t count, int64_t columns) {
-  constexpr int64_t size = at::vec::Vectorized<T>::size(), kVectors = 3;
-  int64_t j = 0;
-  for (; j + kVectors * size <= columns; j += kVectors * size)
-    tile_io::add_column_squares<T, kVectors>(rows.from(0, j), sum + j, count, size);
-  for (; j < columns; j += size)
-    tile_io::add_column_squares<T, 1>(rows.from(0, j), sum + j, count, std::min(size, columns - j));
 }
 
 }  // namespace CPU_CAPABILITY
