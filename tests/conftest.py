@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # last of them would keep one worker busy alone.
 LONG = (
     "_triton", "_cuda_", "_compiling", "_integration", "_step_profile", "_models", "_loss_curves", "_demo",
-    "_fuzz",
+    "_fuzz", "_instruction_sets",
 )  # fmt: skip
 
 
