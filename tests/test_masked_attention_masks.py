@@ -45,6 +45,14 @@ def _kinds(*kinds: str, dtypes: Iterable[torch.dtype] = ALL_DTYPES) -> Iterable[
             )  # fmt: skip
 
 
+def _kinds_for_other_sides() -> Iterable[Case]:
+    """More queries than keys: few keys, and as many as are worked on tile by tile."""
+    for shape, (i, kind) in product(((2, 2, 35, 13, 10, 9), (2, 2, 60, 52, 8, 7)), enumerate(MASKS)):
+        for dtype in float32_and_another(i):
+            mask = full_mask("token", shape)
+            yield Case("token", shape, mask, kind, dtype=dtype, normalize=i % 2 == 0, temperature=(2, 1, 1))
+
+
 def _without_mask(results: Tensors) -> Tensors:
     return {name: x for name, x in results.items() if name != "grad_mask"}
 
@@ -56,6 +64,11 @@ def test_broadcast_shapes(backend, case):
 
 @each(_kinds(*MASKS), interpreted=5)
 def test_kinds(backend, case):
+    assert_conforms(build(case), backend)
+
+
+@each(_kinds_for_other_sides(), interpreted=8)
+def test_kinds_with_more_queries_than_keys(backend, case):
     assert_conforms(build(case), backend)
 
 

@@ -71,23 +71,5 @@ class Pixels {
   int64_t matrices_, per_image_, count_, tile_, chunk_, chunks_;
 };
 
-// A tile with contiguous rows: where it lies if its rows are and it is of the accumulation type, else packed.
-template <typename S, typename T>
-Matrix<const T> read_tile(Matrix<const S> x, int64_t rows, int64_t columns, Matrix<T> scratch) {
-  if constexpr (std::is_same_v<S, T>)
-    if (x.col == 1) return x;
-  copy_tile<S, T>(x, scratch, rows, columns);
-  return scratch;
-}
-
-// compute(tile) makes such a tile, by way of `scratch` where read_tile would pack it.
-template <typename S, typename T, typename F>
-void write_tile(Matrix<S> x, int64_t rows, int64_t columns, Matrix<T> scratch, F compute) {
-  if constexpr (std::is_same_v<S, T>)
-    if (x.col == 1) return compute(x);
-  compute(scratch);
-  copy_tile<T, S>(scratch, x, rows, columns);
-}
-
 }  // namespace CPU_CAPABILITY
 }  // namespace restore_kernels

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <vector>
 
+#include "masked_token_few_keys.h"
 #include "masked_token_tiles.h"
 
 namespace restore_kernels {
@@ -28,15 +29,16 @@ struct BackwardBlock : QueryBlock<T> {
             int64_t bh, int64_t n) {
     QueryBlock<T>::template load<S>(p, q, bh, n);
     const int64_t b = bh / p.heads, h = bh % p.heads, count = this->count;
-    copy_tile<T, T>(Matrix<const T>(this->query_columns()).transposed(), {rows.get(), p.depth}, count, p.depth);
+    copy_tile<S, T>(head<const S>(q, b, h).from(n, 0), {rows.get(), p.depth}, count, p.depth);
+    for (int64_t i = 0; i < count && p.normalize; ++i)
+      multiply_by(this->inverses.get()[i], rows.get() + i * p.depth, p.depth);
     const auto grad = head<const S>(grad_out, b, h).from(n, 0);
     copy_tile<S, T>(grad, {grad_rows.get(), p.width}, count, p.width);
     if (count < this->lanes) std::fill_n(grad_columns.get(), kQueries * p.width, T(0));
     copy_tile<S, T>(grad.transposed(), {grad_columns.get(), kQueries}, p.width, count);
-    const T* out_rows = out.const_data_ptr<T>() + (bh * p.queries + n) * p.width;
+    const Matrix<const T> out_rows{out.const_data_ptr<T>() + (bh * p.queries + n) * p.width, p.width};
     std::fill_n(delta.get(), kQueries, T(0));
-    for (int64_t i = 0; i < count; ++i)
-      delta.get()[i] = dot<T>(grad_rows.get() + i * p.width, out_rows + i * p.width, p.width);
+    dot_rows<T>({grad_rows.get(), p.width}, out_rows, count, p.width, delta.get());
     prefetch_rows<S>(grad_out, b, h, n + kQueries, kQueries);
     prefetch_rows<T>(out, b, h, n + kQueries, kQueries);
     std::fill_n(log_sum_exp.get(), kQueries, std::numeric_limits<T>::infinity());  // lanes beyond: weight 0
@@ -66,6 +68,8 @@ void backward_step(const Problem<T>& p, T scale, const BackwardBlock<T>& block, 
   const Matrix<T> probability{probabilities, kQueries}, grad{grad_logits, kQueries};  // T x R
   make_logits(p, scale, block, tile, probabilities);
   multiply<T>(tile.value_rows(p), {block.grad_columns.get(), kQueries}, grad, tile.count, block.lanes, p.width);
+  constexpr int kTogether = row_products::kColumns;
+  Vec<T> totals[kTogether];
   for (int64_t m = 0; m < tile.count; ++m) {
     Vec<T> total(T(0));
     for (int64_t n = 0; n < block.lanes; n += Vec<T>::size()) {
@@ -75,8 +79,11 @@ void backward_step(const Problem<T>& p, T scale, const BackwardBlock<T>& block, 
       weight.store(row), change.store(grad_row);
       total = total + change;
     }
-    grads.biases[m] += at::vec::vec_reduce_all<T>([](Vec<T> a, Vec<T> b) { return a + b; }, total);
+    totals[m % kTogether] = total;
+    if (m % kTogether + 1 == kTogether) row_products::add_lanes<T, kTogether>(totals, grads.biases + m + 1 - kTogether);
   }
+  for (int64_t m = tile.count / kTogether * kTogether; m < tile.count; ++m)
+    row_products::add_lanes<T, 1>(totals + m % kTogether, grads.biases + m);
   multiply_add<T>(probability, {block.grad_rows.get(), p.width}, {grads.values, p.width}, tile.count, p.width, block.count);
   multiply_add<T>(grad, {block.rows.get(), p.depth}, {grads.keys, p.depth}, tile.count, p.depth, block.count);
   multiply_add<T>(Matrix<const T>(tile.key_rows(p)).transposed(), grad, {block.grad_query.get(), kQueries}, p.depth,
@@ -118,11 +125,13 @@ struct Backward {
     const int64_t b = bh / p.heads, h = bh % p.heads;
     const T t = p.scale(bh);
     double temperature = 0;
+    T along[kKeys];
+    if (!tile.masked_out) dot_rows<T>({grads.keys, p.depth}, tile.key_rows(p), tile.count, p.depth, along);
     for (int64_t m = 0; m < tile.count && !tile.masked_out; ++m) {
       T* grad = grads.keys + m * p.depth;
       const T *unit = tile.units.get() + m * p.depth, norm = tile.norms.get()[m];
-      const T along = dot<T>(grad, unit, p.depth), radial = p.normalize && norm > T(kNormFloor) ? along : T(0);
-      temperature += along;
+      const T radial = p.normalize && norm > T(kNormFloor) ? along[m] : T(0);
+      temperature += along[m];
       at::vec::map2([factor = t / norm, radial](Vec<T> g, Vec<T> u) { return Vec<T>(factor) * (g - Vec<T>(radial) * u); },
                     grad, grad, unit, p.depth);
     }
@@ -140,6 +149,7 @@ struct Backward {
     Scratch<T> shares(tasks * share);
     std::vector<double> temperature(tasks);
     at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      if (FewKeys<S, T>::suit(p)) return few_keys(begin, end, shares.get(), temperature);
       auto tiles = make_parts<KeyTile<T>>(p, p.key_tiles());
       BackwardBlock<T> block(p);
       Scratch<T> probabilities(kKeys * kQueries), grad_logits(kKeys * kQueries);
@@ -175,6 +185,24 @@ struct Backward {
       }
     });
     add_temperatures(temperature);
+  }
+
+  void few_keys(int64_t begin, int64_t end, T* shares, std::vector<double>& temperature) {
+    const int64_t share = KeyGradients<T>::size(p, p.keys);
+    FewKeys<S, T> few(p);
+    int64_t loaded = -1;
+    p.each_task(begin, end, [&](int64_t bh, int64_t task, int64_t first, int64_t stop) {
+      const int64_t b = bh / p.heads, h = bh % p.heads;
+      if (loaded != bh) few.load(k, v, bh);
+      loaded = bh;
+      std::fill_n(shares + task * share, share, T(0));
+      const KeyGradients<T> grads(p, shares + task * share, p.keys);
+      const auto to = head<S>(grad_q, b, h).from(first, 0);
+      if (few.masked_out()) std::fill_n(to.data, (stop - first) * p.depth, S(0));
+      else temperature[task] = few.backward(head<const S>(q, b, h).from(first, 0), head<const S>(grad_out, b, h).from(first, 0),
+                                       log_sum_exp.const_data_ptr<T>() + bh * p.queries + first, to, grads.keys,
+                                       grads.values, grads.biases, stop - first);
+    });
   }
 
   void keys_in_chunks() {

@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "masked_token_few_keys.h"
 #include "masked_token_tiles.h"
 
 namespace restore_kernels {
@@ -85,9 +86,10 @@ struct Forward {
   void finish(Running<T>& state, int64_t bh, int64_t first, int64_t count) {
     T* statistics = log_sum_exp.mutable_data_ptr<T>() + bh * p.queries + first;
     T factor[kQueries] = {};
-    for (int64_t n = 0; n < count; ++n) {
-      factor[n] = state.sum[n] > 0 ? 1 / state.sum[n] : T(0);  // all keys are masked: 0
-      statistics[n] = state.largest[n] + std::log(state.sum[n]);
+    for (int64_t n = 0; n < count; n += Vec<T>::size()) {
+      const Vec<T> sum = Vec<T>::loadu(state.sum + n);
+      (sum.reciprocal() & (sum > Vec<T>(T(0)))).store(factor + n);  // all keys are masked: 0
+      (Vec<T>::loadu(state.largest + n) + sum.log()).store(statistics + n, std::min<int64_t>(Vec<T>::size(), count - n));
     }
     state.rescale(p, factor);
     const Matrix<const T> rows = Matrix<const T>{state.out, kQueries}.transposed();  // R x E
@@ -98,6 +100,7 @@ struct Forward {
 
   void queries_in_chunks() {
     at::parallel_for(0, p.matrices() * p.chunks, 1, [&](int64_t begin, int64_t end) {
+      if (FewKeys<S, T>::suit(p)) return few_keys(begin, end);
       auto tiles = make_parts<KeyTile<T>>(p, p.key_tiles());
       QueryBlock<T> block(p);
       Running<T> state(p);
@@ -114,6 +117,29 @@ struct Forward {
           finish(state, bh, n, block.count);
         }
       });
+    });
+  }
+
+  void few_keys(int64_t begin, int64_t end) {
+    FewKeys<S, T> keys(p);
+    int64_t loaded = -1;
+    p.each_task(begin, end, [&](int64_t bh, int64_t, int64_t first, int64_t stop) {
+      const int64_t b = bh / p.heads, h = bh % p.heads, count = stop - first;
+      if (loaded != bh) keys.load(k, v, bh);
+      loaded = bh;
+      T* statistics = log_sum_exp.mutable_data_ptr<T>() + bh * p.queries + first;
+      const auto to = head<S>(out, b, h).from(first, 0);
+      const auto wide = [&](Matrix<const T> rows, int64_t n, int64_t some) {
+        if constexpr (!std::is_same_v<S, T>)
+          copy_tile<T, T>(rows, head<T>(wide_out, b, h).from(first + n, 0), some, p.width);
+      };
+      if (!keys.masked_out()) return keys.forward(head<const S>(q, b, h).from(first, 0), to, statistics, count, wide);
+      std::fill_n(statistics, count, -std::numeric_limits<T>::infinity());
+      for (int64_t i = 0; i < count; ++i) std::fill_n(to.data + i * to.row, p.width, S(0));
+      if constexpr (!std::is_same_v<S, T>) {
+        T* wide_rows = head<T>(wide_out, b, h).from(first, 0).data;
+        std::fill_n(wide_rows, count * p.width, T(0));
+      }
     });
   }
 

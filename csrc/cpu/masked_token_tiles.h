@@ -83,10 +83,10 @@ void prefetch_rows(const Tensor& x, int64_t b, int64_t h, int64_t first, int64_t
 // Queries transposed: what is done to each of them is done to a vector of them at once.
 template <typename T>
 struct QueryBlock {
-  Scratch<T> columns, norms;  // q̂ (D x R, rows kQueries apart), |q|
+  Scratch<T> columns, norms, inverses;  // q̂ (D x R, rows kQueries apart), |q| and 1 / |q|
   int64_t first = 0, count = 0, lanes = 0;  // lanes: count rounded up to whole vectors
 
-  explicit QueryBlock(const Problem<T>& p) : columns(kQueries * p.depth), norms(kQueries) {}
+  explicit QueryBlock(const Problem<T>& p) : columns(kQueries * p.depth), norms(kQueries), inverses(kQueries) {}
 
   template <typename S>
   void load(const Problem<T>& p, const Tensor& q, int64_t bh, int64_t n) {
@@ -97,6 +97,7 @@ struct QueryBlock {
     copy_tile<S, T>(head<const S>(q, b, h).from(n, 0), query_columns().transposed(), count, p.depth);
     prefetch_rows<S>(q, b, h, n + kQueries, kQueries);
     std::fill_n(norms.get(), kQueries, T(1));
+    std::fill_n(inverses.get(), kQueries, T(1));
     if (p.normalize) normalize(p.depth);
   }
 
@@ -115,6 +116,7 @@ struct QueryBlock {
       const Vec<T> norm = at::vec::maximum((even + odd).sqrt(), Vec<T>(T(kNormFloor)));
       norm.store(norms.get() + n);
       const Vec<T> inverse = norm.reciprocal();
+      inverse.store(inverses.get() + n);
       for (int64_t d = 0; d < depth; ++d) (at(d) * inverse).store(columns.get() + d * kQueries + n);
     }
   }

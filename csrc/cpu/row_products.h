@@ -85,6 +85,24 @@ inline __attribute__((always_inline)) void block(Matrix<const T> a, Matrix<const
   for (int i = 0; i < rows; ++i) add_lanes<T, columns>(sum[i], c.data + i * c.row);
 }
 
+// to[i] = a[i] · b[i] for the first rows
+template <typename T, int rows>
+inline __attribute__((always_inline)) void dots(Matrix<const T> a, Matrix<const T> b, int64_t length, T* to) {
+  using Vec = at::vec::Vectorized<T>;
+  Vec sum[rows];
+  for (int i = 0; i < rows; ++i) sum[i] = Vec(T(0));
+  int64_t n = 0;
+  for (; n + Vec::size() <= length; n += Vec::size())
+    for (int i = 0; i < rows; ++i)
+      sum[i] = at::vec::fmadd(Vec::loadu(a.data + i * a.row + n), Vec::loadu(b.data + i * b.row + n), sum[i]);
+  if (n < length)
+    for (int i = 0; i < rows; ++i)
+      sum[i] = at::vec::fmadd(Vec::loadu(a.data + i * a.row + n, length - n),
+                              Vec::loadu(b.data + i * b.row + n, length - n), sum[i]);
+  std::fill_n(to, rows, T(0));
+  add_lanes<T, rows>(sum, to);
+}
+
 template <typename T, int rows>
 void block_row(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t columns, int64_t length, Prefetches& idle) {
   int64_t j = 0;
@@ -112,6 +130,16 @@ void multiply_rows(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t ro
     row_products::block_row<T, kRows>(a.from(i, 0), b, c.from(i, 0), columns, length, idle);
   for (; i + 2 <= rows; i += 2) row_products::block_row<T, 2>(a.from(i, 0), b, c.from(i, 0), columns, length, idle);
   for (; i < rows; ++i) row_products::block_row<T, 1>(a.from(i, 0), b, c.from(i, 0), columns, length, idle);
+}
+
+// to[i] = a[i] · b[i] for `count` rows of `length`.
+template <typename T>
+void dot_rows(Matrix<const T> a, Matrix<const T> b, int64_t count, int64_t length, T* to) {
+  constexpr int kTogether = row_products::kColumns;
+  int64_t i = 0;
+  for (; i + kTogether <= count; i += kTogether)
+    row_products::dots<T, kTogether>(a.from(i, 0), b.from(i, 0), length, to + i);
+  for (; i < count; ++i) row_products::dots<T, 1>(a.from(i, 0), b.from(i, 0), length, to + i);
 }
 
 }  // namespace CPU_CAPABILITY

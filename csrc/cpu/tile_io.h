@@ -129,6 +129,24 @@ void copy_tile(Matrix<const S> source, Matrix<T> target, int64_t rows, int64_t c
   }
 }
 
+// A tile with contiguous rows: where it lies if its rows are and it is of the accumulation type, else packed.
+template <typename S, typename T>
+Matrix<const T> read_tile(Matrix<const S> x, int64_t rows, int64_t columns, Matrix<T> scratch) {
+  if constexpr (std::is_same_v<S, T>)
+    if (x.col == 1) return x;
+  copy_tile<S, T>(x, scratch, rows, columns);
+  return scratch;
+}
+
+// compute(tile) makes such a tile, by way of `scratch` where read_tile would pack it.
+template <typename S, typename T, typename F>
+void write_tile(Matrix<S> x, int64_t rows, int64_t columns, Matrix<T> scratch, F compute) {
+  if constexpr (std::is_same_v<S, T>)
+    if (x.col == 1) return compute(x);
+  compute(scratch);
+  copy_tile<T, S>(scratch, x, rows, columns);
+}
+
 // sum[i] += sum of squares of row i. Several rows at a time: one alone would wait for its own additions.
 template <typename T>
 void add_squares(Matrix<const T> rows, T* sum, int64_t count, int64_t length) {

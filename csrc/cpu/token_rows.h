@@ -8,6 +8,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "row_products.h"
 #include "tile_gemm.h"
 
 namespace restore_kernels {
@@ -46,10 +47,14 @@ Matrix<S> head(const Tensor& x, int64_t b, int64_t h) {
 // Divides rows by their norm (clamped), which it keeps, when `normalize`; otherwise the norms are 1.
 template <typename T>
 void normalize_rows(Matrix<T> rows, T* norms, int64_t count, int64_t length, bool normalize) {
+  std::fill_n(norms, count, T(1));
+  if (!normalize) return;
+  dot_rows<T>(rows, rows, count, length, norms);
   for (int64_t i = 0; i < count; ++i) {
+    norms[i] = std::max<T>(std::sqrt(norms[i]), T(kNormFloor));
     T* row = rows.data + i * rows.row;
-    norms[i] = normalize ? std::max<T>(std::sqrt(dot<T>(row, row, length)), T(kNormFloor)) : T(1);
-    if (normalize) at::vec::map([n = norms[i]](Vec<T> x) { return x / Vec<T>(n); }, row, row, length);
+    // Quotients, so that rows of one element become exactly 1 or -1, tied as they should be.
+    at::vec::map([n = norms[i]](Vec<T> x) { return x / Vec<T>(n); }, row, row, length);
   }
 }
 
