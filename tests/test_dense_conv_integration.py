@@ -1,8 +1,8 @@
-"""Dense convolution inside the rest of PyTorch: module, torch.compile, autocast, torch.func, errors."""
+"""Dense convolution alone, beside what test_convolution_integration.py asks of all: module, errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,57 +15,14 @@ from restore_kernels import dense_conv2d, explain, native, use_backend
 from restore_kernels.nn import DenseConv2d
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-
-
-def inputs(*batch: int) -> list[Tensor]:
+def inputs() -> list[Tensor]:
     """Image, weight and bias."""
     shapes = ((2, 3, 7, 5), (4, 3, 3, 3), (4,))
-    return [randn(*batch, *shape, seed=i).double() for i, shape in enumerate(shapes)]
+    return [randn(*shape, seed=i).double() for i, shape in enumerate(shapes)]
 
 
 def loss(backend: str) -> Callable[..., Tensor]:
     return lambda *tensors: dense_conv2d(*tensors, backend=backend).square().sum()
-
-
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("backend", [*FUSED, "eager"])
-def test_compiles_in_one_graph_with_its_backward(backend, compiler):
-    tensors = [x.requires_grad_() for x in inputs()]
-    compiled = torch.compile(loss(backend), fullgraph=True, backend=compiler)
-    close(compiled(*tensors), loss("eager")(*tensors))
-    grads, others = (torch.autograd.grad(f(*tensors), tensors) for f in (compiled, loss("eager")))
-    for got, expected in zip(grads, others, strict=True):
-        close(got, expected)
-
-
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("in_dims", [(0, None, None), (None, 0, 0), (0, None, 0), (0, 0, 0)])
-def test_vmap_and_per_sample_gradients(backend, in_dims):
-    tensors = [x if dim == 0 else x[0] for x, dim in zip(inputs(3), in_dims, strict=True)]
-
-    def both(name: str) -> list[Tensor]:
-        per_sample = torch.func.grad(loss(name), argnums=(0, 1, 2))
-        mapped = torch.func.vmap(per_sample, in_dims)(*tensors)
-        return [torch.func.vmap(loss(name), in_dims)(*tensors), *mapped]
-
-    for got, expected in zip(both(backend), both("eager"), strict=True):
-        close(got, expected)
-
-
-@pytest.mark.parametrize("backend", FUSED)
-def test_a_second_derivative_is_an_error_that_names_the_way_out(backend):
-    tensors = [x.requires_grad_() for x in inputs()]
-    (grad,) = torch.autograd.grad(loss(backend)(*tensors), tensors[0], create_graph=True)
-    message = f"dense_conv2d has no second derivative on backend '{backend}'; backend='eager' has one"
-    with pytest.raises(RuntimeError, match=message):
-        grad.sum().backward()
-    second = torch.func.grad(lambda *x: torch.func.grad(loss(backend))(*x).sum())
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        second(*(x.detach() for x in tensors))
 
 
 def test_autocast():

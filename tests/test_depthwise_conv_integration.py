@@ -1,8 +1,8 @@
-"""Depthwise convolution inside the rest of PyTorch: module, torch.compile, autocast, torch.func, errors."""
+"""Depthwise convolution alone, beside what test_convolution_integration.py asks of all: modules, errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,25 +20,10 @@ from restore_kernels.nn import DepthwiseConv2d
 QUICK = [backend for backend in FUSED if backend not in INTERPRETED]
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-
-
-def inputs(*batch: int) -> list[Tensor]:
-    """x, weight and bias."""
-    return [randn(*batch, 2, 6, 7, 5, seed=1), randn(*batch, 3, 2, 3, 3, seed=2), randn(*batch, 3, seed=3)]
-
-
-def loss(backend: str) -> Callable[..., Tensor]:
-    return lambda *x: depthwise_conv2d(*x, activation="relu", backend=backend).square().sum()
-
-
-def everything(*batch: int) -> list[Tensor]:
+def everything() -> list[Tensor]:
     """Two images of x, weight, bias, slope and gate; the sums are about as large as what they are made of."""
     shapes = (2, 1, 7, 5), (2, 5, 7, 5), (3, 2, 3, 3), (3,), (1,), (2, 3, 7, 5)
-    tensors = [randn(*batch, *shape, seed=i) for i, shape in enumerate(shapes)]
+    tensors = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
     return [x / 4 if i == 2 else x for i, x in enumerate(tensors)]
 
 
@@ -52,99 +37,6 @@ def gated_loss(backend: str) -> Callable[..., Tensor]:
         return out.square().sum()
 
     return call
-
-
-CALLS = [(loss, inputs), (gated_loss, everything)]
-
-
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("backend", [*QUICK, "eager"])
-@pytest.mark.parametrize(("loss", "inputs"), CALLS)
-def test_compiles_in_one_graph_with_its_backward(loss, inputs, backend, compiler):
-    tensors = [x.requires_grad_() for x in inputs()]
-    compiled = torch.compile(loss(backend), fullgraph=True, backend=compiler)
-    close(compiled(*tensors), loss("eager")(*tensors))
-    grads, others = (torch.autograd.grad(f(*tensors), tensors) for f in (compiled, loss("eager")))
-    for got, expected in zip(grads, others, strict=True):
-        close(got, expected)
-
-
-@pytest.mark.parametrize("backend", [*QUICK, "eager"])
-def test_compiles_without_gradients(backend):
-    tensors = everything()
-    compiled = torch.compile(gated_loss(backend), fullgraph=True, backend="aot_eager")
-    close(compiled(*tensors), gated_loss("eager")(*tensors))
-
-
-@pytest.mark.parametrize("backend", QUICK)
-@pytest.mark.parametrize("in_dims", [(0, None, None, None, None, 0), (None, 0, 0, 0, 0, None), (0,) * 6])
-def test_vmap_of_everything(backend, in_dims):
-    tensors = [x if dim == 0 else x[0] for x, dim in zip(everything(3), in_dims, strict=True)]
-
-    def both(name: str) -> list[Tensor]:
-        per_sample = torch.func.grad(gated_loss(name), argnums=tuple(range(6)))
-        mapped = torch.func.vmap(per_sample, in_dims)(*tensors)
-        return [torch.func.vmap(gated_loss(name), in_dims)(*tensors), *mapped]
-
-    for got, expected in zip(both(backend), both("eager"), strict=True):
-        close(got, expected)
-
-
-@pytest.mark.parametrize("backend", QUICK)
-@pytest.mark.parametrize("in_dims", [(0, None, None), (None, 0, 0), (0, 0, None), (0, 0, 0)])
-def test_vmap_and_per_sample_gradients(backend, in_dims):
-    tensors = [x if dim == 0 else x[0] for x, dim in zip(inputs(3), in_dims, strict=True)]
-
-    def both(name: str) -> list[Tensor]:
-        per_sample = torch.func.grad(loss(name), argnums=(0, 1, 2))
-        mapped = torch.func.vmap(per_sample, in_dims)(*tensors)
-        return [torch.func.vmap(loss(name), in_dims)(*tensors), *mapped]
-
-    for got, expected in zip(both(backend), both("eager"), strict=True):
-        close(got, expected)
-
-
-@pytest.mark.parametrize("backend", QUICK)
-def test_a_second_derivative_is_an_error_that_names_the_way_out(backend):
-    tensors = [x.requires_grad_() for x in inputs()]
-    (grad,) = torch.autograd.grad(loss(backend)(*tensors), tensors[0], create_graph=True)
-    message = f"depthwise_conv2d has no second derivative on backend '{backend}'; backend='eager' has"
-    with pytest.raises(RuntimeError, match=message):
-        grad.sum().backward()
-    second = torch.func.grad(lambda *x: torch.func.grad(loss(backend))(*x).sum())
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        second(*(x.detach() for x in tensors))
-
-
-@pytest.mark.parametrize("backend", [*QUICK, "eager"])
-def test_autocast(backend):
-    def call(
-        backend: str, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, slope: Tensor, gate: Tensor
-    ) -> Tensor:
-        return depthwise_conv2d(
-            (a, b), weight, bias, activation="prelu", slope=slope, gate=gate, backend=backend
-        )
-
-    tensors = [x.requires_grad_() for x in everything()]
-    with torch.autocast(tensors[0].device.type, torch.bfloat16):
-        out = call(backend, *tensors)
-    expected = call("eager", *(x.bfloat16() for x in tensors))
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
-    grads = torch.autograd.grad(out.sum(), tensors)
-    assert [g.dtype for g in grads] == [torch.float32] * 6
-
-
-@pytest.mark.parametrize("backend", QUICK)
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (1, 2)])
-def test_some_gradients_alone(backend, wanted):
-    tensors = inputs()
-    for i in wanted:
-        tensors[i].requires_grad_()
-    leaves = [tensors[i] for i in wanted]
-    got, expected = (torch.autograd.grad(loss(name)(*tensors), leaves) for name in (backend, "eager"))
-    for x, y in zip(got, expected, strict=True):
-        close(x, y)
 
 
 @pytest.mark.parametrize("in_python", [False, True])

@@ -1,8 +1,8 @@
-"""Pointwise convolution inside the rest of PyTorch: module, torch.compile, autocast, torch.func, errors."""
+"""Pointwise convolution alone, beside what test_convolution_integration.py asks of all: modules, errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,94 +18,17 @@ from restore_kernels.nn import PointwiseConv2d
 QUICK = [backend for backend in FUSED if backend not in INTERPRETED]
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-
-
-def inputs(*batch: int) -> list[Tensor]:
+def inputs() -> list[Tensor]:
     """Two images, weight and bias."""
-    return [
-        randn(*batch, 2, 3, 7, 5, seed=1), randn(*batch, 2, 2, 7, 5, seed=2),
-        randn(*batch, 4, 5, 1, 1, seed=3), randn(*batch, 4, seed=4),
-    ]  # fmt: skip
+    shapes = ((2, 3, 7, 5), (2, 2, 7, 5), (4, 5, 1, 1), (4,))
+    return [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
 
 
 def loss(backend: str) -> Callable[..., Tensor]:
     return lambda a, b, *rest: pointwise_conv2d([a, b], *rest, backend=backend).square().sum()
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("backend", [*QUICK, "eager"])
-def test_compiles_in_one_graph_with_its_backward(backend, compiler):
-    tensors = [x.requires_grad_() for x in inputs()]
-    compiled = torch.compile(loss(backend), fullgraph=True, backend=compiler)
-    close(compiled(*tensors), loss("eager")(*tensors))
-    grads, others = (torch.autograd.grad(f(*tensors), tensors) for f in (compiled, loss("eager")))
-    for got, expected in zip(grads, others, strict=True):
-        close(got, expected)
-
-
-@pytest.mark.parametrize("backend", QUICK)
-def test_compiles_without_gradients(backend):
-    compiled = torch.compile(loss(backend), fullgraph=True, backend="aot_eager")
-    close(compiled(*inputs()), loss("eager")(*inputs()))
-
-
-@pytest.mark.parametrize("backend", QUICK)
-@pytest.mark.parametrize("in_dims", [(0, None, None, None), (None, None, 0, 0), (0, 0, None, 0), (0,) * 4])
-def test_vmap_and_per_sample_gradients(backend, in_dims):
-    tensors = [x if dim == 0 else x[0] for x, dim in zip(inputs(3), in_dims, strict=True)]
-
-    def both(name: str) -> list[Tensor]:
-        per_sample = torch.func.grad(loss(name), argnums=(0, 1, 2, 3))
-        mapped = torch.func.vmap(per_sample, in_dims)(*tensors)
-        return [torch.func.vmap(loss(name), in_dims)(*tensors), *mapped]
-
-    for got, expected in zip(both(backend), both("eager"), strict=True):
-        close(got, expected)
-
-
-@pytest.mark.parametrize("backend", QUICK)
-def test_a_second_derivative_is_an_error_that_names_the_way_out(backend):
-    tensors = [x.requires_grad_() for x in inputs()]
-    (grad,) = torch.autograd.grad(loss(backend)(*tensors), tensors[0], create_graph=True)
-    message = f"pointwise_conv2d has no second derivative on backend '{backend}'; backend='eager' has"
-    with pytest.raises(RuntimeError, match=message):
-        grad.sum().backward()
-    second = torch.func.grad(lambda *x: torch.func.grad(loss(backend))(*x).sum())
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        second(*(x.detach() for x in tensors))
-
-
-@pytest.mark.parametrize("backend", [*QUICK, "eager"])
-def test_autocast(backend):
-    tensors = [x.requires_grad_() for x in inputs()]
-    a, b, *rest = tensors
-    with torch.autocast(a.device.type, torch.bfloat16):
-        out = pointwise_conv2d([a, b], *rest, backend=backend)
-    a, b, *rest = (x.bfloat16() for x in tensors)
-    expected = pointwise_conv2d([a, b], *rest, backend="eager")
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
-    grads = torch.autograd.grad(out.sum(), tensors)
-    assert [g.dtype for g in grads] == [torch.float32] * 4
-
-
 WANTED = [(0,), (1,), (2,), (3,), (2, 3), (0, 2), (0, 1)]
-
-
-@pytest.mark.parametrize("backend", QUICK)
-@pytest.mark.parametrize("wanted", WANTED)
-def test_some_gradients_alone(backend, wanted):
-    tensors = inputs()
-    for i in wanted:
-        tensors[i].requires_grad_()
-    leaves = [tensors[i] for i in wanted]
-    got, expected = (torch.autograd.grad(loss(name)(*tensors), leaves) for name in (backend, "eager"))
-    for x, y in zip(got, expected, strict=True):
-        close(x, y)
 
 
 @pytest.mark.parametrize("in_python", [False, True])
