@@ -11,16 +11,16 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/cpu/* csrc/cuda/*)
 demo: $(VENV)/built
 	$(BIN)/restore-nets demo --out out/demo
 
-test: $(VENV)/built-all lint
+test: lint $(VENV)/built-all
 	$(BIN)/python -m pytest --require-backends cpu,triton,cuda --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-lint: $(VENV)/built
+lint: $(VENV)/installed-all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # make bench BENCH="-k topk --benchmark-compare", and every other option of pytest-benchmark; runs are kept in .benchmarks.
-bench: $(VENV)/built
+bench: $(VENV)/built $(VENV)/installed-all
 	$(BIN)/python -m pytest benchmarks --benchmark-autosave $(BENCH)
 
 results: $(VENV)/built
@@ -56,8 +56,12 @@ gpu-bench:
 	timeout 180 $(GPU_PYTHON) -m restore_kernels profile --all --device cuda --compile --seconds 1 --out $(OUT)
 	$(GPU_PYTHON) benchmarks/choices.py
 
-$(VENV)/installed: requirements-dev.txt
+$(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(VENV)/installed-all: $(VENV)/installed requirements-dev.txt
 	$(BIN)/pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
@@ -67,7 +71,7 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	touch $@
 
 # For every machine: the tests look at all of it.
-$(VENV)/built-all: $(VENV)/built
+$(VENV)/built-all: $(VENV)/built $(VENV)/installed-all
 	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 

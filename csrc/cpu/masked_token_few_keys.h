@@ -39,6 +39,8 @@ class FewKeys {
     for (int64_t m = 0; m < p_.keys; ++m) biases_.get()[m] = p_.mask ? tile_.log_factors.get()[m] : T(0);
   }
 
+  bool masked_out() const { return tile_.masked_out; }  // all keys: then there is nothing to compute
+
   // Output and log-sum-exp of `count` queries; wide(rows) is given the output before it is rounded.
   template <typename F>
   void forward(Matrix<const S> q, Matrix<S> out, T* log_sum_exp, int64_t count, F wide) {
@@ -169,7 +171,7 @@ class FewKeys {
     for (int64_t i = 0; i < count; ++i) {
       temperature += along[i];
       // A clamped norm is a constant, and so is the norm where nothing is normalised.
-      const bool differentiable = p_.normalize && inverses_[i] < T(1 / kNormFloor);
+      const bool differentiable = p_.normalize && inverses_[i] < T(1) / T(kNormFloor);
       radial[i] = differentiable ? -scale_ * along[i] * inverses_[i] * inverses_[i] : T(0);
     }
     each_vector([&](int64_t l) {
@@ -185,10 +187,6 @@ class FewKeys {
     return temperature;
   }
 
- public:
-  bool masked_out() const { return tile_.masked_out; }
-
- private:
   const Problem<T>& p_;
   int64_t lanes_;
   KeyTile<T> tile_;
