@@ -47,6 +47,10 @@ class Row:
     shared_bytes: int
     instructions: dict[str, int]  # matrix instructions (and FFMA) in the machine code
 
+    @property
+    def on_matrix_units(self) -> bool:
+        return bool(set(self.instructions) - {"FFMA"})
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -312,24 +316,35 @@ def _output(*command: Any) -> str:
     return subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
 
 
-def _compile_job(job: tuple[str, str, int]) -> list[Row]:
+Job = tuple[str, str, int]  # case, dtype, architecture
+
+
+def jobs(
+    cases: Sequence[str], dtypes: Sequence[str], architectures: Sequence[int], in_turn: bool
+) -> list[Job]:
+    """Every case and dtype for every architecture, or for one of them, in turn."""
+    pairs = [(case, dtype) for case in cases for dtype in dtypes]
+    if in_turn:
+        return [(*pair, architectures[(i + 1) % len(architectures)]) for i, pair in enumerate(pairs)]
+    return [(*pair, architecture) for architecture in architectures for pair in pairs]
+
+
+def _compile_job(job: Job) -> list[Row]:
     case, dtype, architecture = job
     return [compile_launch(launch, architecture) for launch in launches(case, dtype, architecture)]
 
 
-def table(
-    cases: Sequence[str], dtypes: Sequence[str], architectures: Sequence[int], processes: int
-) -> Iterator[Row]:
-    """Compiles every combination; rows come in order as they are ready."""
-    jobs = [(case, dtype, arch) for arch in architectures for case in cases for dtype in dtypes]
+def table(jobs: Sequence[Job], processes: int) -> Iterator[Row]:
+    """Compiles; rows come in order as they are ready."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for rows in pool.map(_compile_job, jobs):
             yield from rows
 
 
-def compile_apart(cases: Sequence[str], dtypes: Sequence[str]) -> list[Row]:
+def compile_apart(cases: Sequence[str], dtypes: Sequence[str], in_turn: bool) -> list[Row]:
     """The table in a process of its own: interpreted and compiled kernels do not mix in one."""
     command = [sys.executable, __file__, "--json", "--cases", *cases, "--dtypes", *dtypes]
+    command += ["--in-turn"] * in_turn
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
     assert run.returncode == 0, run.stderr
@@ -344,12 +359,6 @@ def assert_fits(rows: Sequence[Row]) -> None:
     assert [row for row in rows if row.shared_bytes > limits[row.architecture]] == []
 
 
-def on_matrix_units(rows: Sequence[Row], architecture: int, dtype: str) -> set[str]:
-    """The cases in which a kernel has matrix instructions."""
-    chosen = [row for row in rows if (row.architecture, row.dtype) == (architecture, dtype)]
-    return {row.case for row in chosen if set(row.instructions) - {"FFMA"}}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -357,6 +366,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--architectures", nargs="+", type=int, default=ARCHITECTURES)
+    parser.add_argument("--in-turn", action="store_true", help="one architecture for each case and dtype")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="one row per line as JSON")
     options = parser.parse_args()
@@ -369,7 +379,8 @@ def main() -> None:
                 "case", "kernel", "arch", "dtype", "warps", "registers", "spills", "shared", "instructions"
             )
         )
-    for row in table(options.cases, options.dtypes, options.architectures, options.processes):
+    todo = jobs(options.cases, options.dtypes, options.architectures, options.in_turn)
+    for row in table(todo, options.processes):
         if options.json:
             print(json.dumps(asdict(row)), flush=True)
             continue

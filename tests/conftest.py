@@ -26,6 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="backends that must run: one that cannot fails the run instead of being skipped",
     )  # fmt: skip
     parser.addoption(
+        "--all-architectures", action="store_true",
+        help="compile every Triton kernel for every architecture, not for one each",
+    )  # fmt: skip
+    parser.addoption(
         "--cuda-host", default="check", choices=tuple(host_kernels.FLAGS),
         help="the build of the CUDA kernels that runs them on the host",
     )  # fmt: skip

@@ -49,7 +49,7 @@ def disassembler() -> Path | None:
 
 def brought_up_to_date() -> bool:
     """Whether the library was built here; if it was, its objects are those of the sources now."""
-    if not (BUILD / "_cuda.so").exists():
+    if not (BUILD / "_cuda.so").exists() or "_cuda.so" not in (BUILD / "build.ninja").read_text():
         return False
     import ninja
 

@@ -1,10 +1,9 @@
-"""The Triton kernels of masked attention: compiled for GPUs, and what only they promise."""
+"""What only the Triton kernels of masked attention promise."""
 
 from __future__ import annotations
 
 import importlib.util
 
-import aot
 import conformance
 import pytest
 import torch
@@ -12,35 +11,6 @@ import torch
 from restore_kernels import masked_attention
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-# The full table, every dtype and case, is `python tests/aot.py`; these are its extremes.
-CASES = ("masked channel heads=1 gated", "masked token 16x65536 D=48")
-
-
-@pytest.fixture(scope="module")
-def rows() -> list[aot.Row]:
-    return aot.compile_apart(CASES, ("float32", "bfloat16"))
-
-
-def test_every_architecture_and_dtype_is_compiled(rows):
-    compiled = {(row.architecture, row.dtype, row.case) for row in rows}
-    assert len(compiled) == len(aot.ARCHITECTURES) * 2 * len(CASES)
-
-
-def test_no_spills_and_within_limits(rows):
-    aot.assert_fits(rows)
-
-
-@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_products_run_on_the_matrix_units(rows, architecture, dtype):
-    assert aot.on_matrix_units(rows, architecture, dtype) == set(CASES)
-
-
-def test_keys_are_split_where_queries_are_few(rows):
-    """Programs for 16 queries alone would leave most of a GPU idle."""
-    kernels = {row.kernel for row in rows if row.case == "masked token 16x65536 D=48"}
-    assert {"masked_combine_kernel", "sum_gradient_kernel"} <= kernels
 
 
 @pytest.mark.parametrize("queries", [5, 200])

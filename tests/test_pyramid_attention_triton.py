@@ -1,4 +1,4 @@
-"""The Triton kernels of pyramid attention: compiled for GPUs, and what only they have.
+"""What only the Triton kernels of pyramid attention have.
 
 Conformance walks the cases of every backend; here are those that take the kernels' own ways.
 """
@@ -9,7 +9,6 @@ import importlib.util
 from collections.abc import Sequence
 from unittest.mock import patch
 
-import aot
 import conformance
 import pytest
 import torch
@@ -23,28 +22,6 @@ from restore_kernels import pyramid_attention
 from restore_kernels.pyramid_attention.ops import overload
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-# The full table, every dtype and case, is `python tests/aot.py`; this is what the networks run.
-CASES = ("pyramid 3x3 Cq=32 Cv=64",)
-
-
-@pytest.fixture(scope="module")
-def rows() -> list[aot.Row]:
-    return aot.compile_apart(CASES, ("bfloat16",))
-
-
-def test_every_architecture_is_compiled(rows):
-    assert {row.architecture for row in rows} == set(aot.ARCHITECTURES)
-
-
-def test_no_spills_and_within_limits(rows):
-    aot.assert_fits(rows)
-
-
-def test_products_run_on_the_matrix_units(rows):
-    """Every kernel but those that only add up."""
-    on_matrix_units = {row.kernel for row in rows if set(row.instructions) - {"FFMA"}}
-    assert {row.kernel for row in rows} - on_matrix_units == {"key_norms_kernel", "fold_patches_kernel"}
 
 
 WAYS = {

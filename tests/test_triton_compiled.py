@@ -1,0 +1,74 @@
+"""The Triton kernels compiled for GPUs that are not here: no spills, within limits, on the matrix units.
+
+Each case and dtype for one architecture, in turn, since compiling takes most of the time of all tests.
+``pytest --all-architectures`` compiles each for all; ``python tests/aot.py`` prints the table of every case.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import aot
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@dataclass(frozen=True)
+class Operator:
+    cases: tuple[str, ...]  # the extremes of those in aot.CASES
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    on_matrix_units: tuple[str, ...] = ()  # the dtypes whose products run there
+
+
+OPERATORS = {
+    "topk_attention": Operator(
+        ("channel heads=8 out_proj", "token D=32 M=64"), on_matrix_units=("bfloat16",)
+    ),
+    "masked_attention": Operator(
+        ("masked channel heads=1 gated", "masked token 16x65536 D=48"),
+        on_matrix_units=("float32", "bfloat16"),
+    ),
+    "pyramid_attention": Operator(("pyramid 3x3 Cq=32 Cv=64",), ("bfloat16",), ("bfloat16",)),
+    "channel_norm": Operator(("channel norm C=48", "channel norm C=384 without bias")),
+    "depthwise_conv2d": Operator(("depthwise 7x7 dilated", "depthwise 5x5 paired gelu gated")),
+    "pointwise_conv2d": Operator(
+        ("pointwise 96 to 510", "pointwise 8 images to 96, crops"), on_matrix_units=("float32", "bfloat16")
+    ),
+}
+
+Compiled = tuple[str, set[aot.Job], list[aot.Row]]
+
+
+@pytest.fixture(scope="module", params=OPERATORS)
+def compiled(request: pytest.FixtureRequest) -> Compiled:
+    """Of an operator: its name, what was to be compiled, and the table."""
+    operator = OPERATORS[request.param]
+    in_turn = not request.config.getoption("--all-architectures")
+    jobs = aot.jobs(operator.cases, operator.dtypes, aot.ARCHITECTURES, in_turn)
+    return request.param, set(jobs), aot.compile_apart(operator.cases, operator.dtypes, in_turn)
+
+
+def test_no_spills_and_within_limits(compiled):
+    _, jobs, rows = compiled
+    assert {(row.case, row.dtype, row.architecture) for row in rows} == jobs
+    aot.assert_fits(rows)
+
+
+def test_products_run_on_the_matrix_units(compiled):
+    name, jobs, rows = compiled
+    wanted = {job for job in jobs if job[1] in OPERATORS[name].on_matrix_units}
+    assert {(x.case, x.dtype, x.architecture) for x in rows if x.on_matrix_units} >= wanted
+    if name == "pyramid_attention":  # every kernel but those that only add up
+        others = {row.kernel for row in rows if not row.on_matrix_units}
+        assert others == {"key_norms_kernel", "fold_patches_kernel"}
+
+
+def test_keys_are_split_where_queries_are_few(compiled):
+    """Programs for 16 queries alone would leave most of a GPU idle."""
+    name, _, rows = compiled
+    if name != "masked_attention":
+        pytest.skip("of masked attention")
+    kernels = {row.kernel for row in rows if row.case == "masked token 16x65536 D=48"}
+    assert {"masked_combine_kernel", "sum_gradient_kernel"} <= kernels
