@@ -23,12 +23,16 @@ def results() -> list[Results]:
 
 def times() -> str:
     """What README.md shows."""
-    parts = [time_table(result) for result in results()]
+    parts = [folded(result, time_table(result)) for result in results()]
     photos = sorted((ROOT / "benchmarks/results/whole_photo").glob("*.json"))
     parts += [photo_table(json.loads(path.read_text())) for path in photos]
     if not any(result["machine"]["gpu"] for result in results()):
         parts.append("**NVIDIA GPU**: not measured. `make gpu` measures it.")
     return "\n\n".join(parts)
+
+
+def folded(result: Results, table: str) -> str:
+    return f"<details>\n<summary>{machine_name(result)}</summary>\n\n{table}\n\n</details>"
 
 
 def time_table(result: Results) -> str:
