@@ -94,11 +94,11 @@ CONVOLUTIONS = (
 )  # fmt: skip
 
 
-def each(*others: str) -> pytest.MarkDecorator:
+def each(*others: str, among: Sequence[Convolution] = CONVOLUTIONS) -> pytest.MarkDecorator:
     """For every convolution, its fused backends that compile and the other ones named."""
     pairs = [
         (convolution, backend)
-        for convolution in CONVOLUTIONS
+        for convolution in among
         for backend in (*convolution.fused, *others)
         if backend not in INTERPRETED
     ]
@@ -187,10 +187,9 @@ def test_some_gradients_alone(convolution, backend):
         same_gradients(convolution, backend, tensors, [tensors[i].requires_grad_() for i in indices])
 
 
-@each("eager")
+# In bfloat16 dense convolution is PyTorch's own, which is quicker: test_dense_conv_integration.py.
+@each("eager", among=[each for each in CONVOLUTIONS if each.call is not dense_conv2d])
 def test_autocast(convolution, backend):
-    if convolution.call is dense_conv2d:
-        pytest.skip("PyTorch's own convolution is quicker in bfloat16, so there is no other")
     tensors = [x.requires_grad_() for x in convolution.tensors()]
     with torch.autocast(tensors[0].device.type, torch.bfloat16):
         out = convolution.call(*tensors, backend=backend)
