@@ -40,6 +40,7 @@ def info() -> dict[str, Any]:
         else None,
         "cpu_library": library.name,
         "cpu_build": library.module.build_info() if library.module else None,
+        "cpu_bfloat16": library.module.bfloat16_instructions() if library.module else None,
         "cuda_build": None if native.cuda_library().why_not else torch.ops.restore_kernels.cuda_build_info(),
         "backend_requested": os.environ.get("RESTORE_KERNELS_BACKEND", "auto"),
         "backends": {name: reason or "available" for name, reason in why_not.items()},

@@ -1,8 +1,9 @@
-// Products of bfloat16 by the processor's own instruction, at twice the rate of float32.
+// Products of bfloat16 by the processor's own instructions: on tiles where it has them (amx.h), or by vectors, at up to
+// twice the rate of float32.
 //
-// It multiplies two pairs and adds both products to a float32 sum. So the factors hold pairs of numbers that follow
-// each other along the depth of the product, in the 32 bits of a float that is only ever moved: multiply() of
-// tile_gemm.h serves them as it is, at half of the depth. Where a pair has no second number it is 0.
+// They multiply pairs and add both products to a float32 sum. So the factors hold pairs of numbers that follow each
+// other along the depth of the product, in the 32 bits of a float that is only ever moved: multiply() of tile_gemm.h
+// serves them as it is, at half of the depth. What makes the depth a multiple of kDepth, as tiles are, is 0.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -10,6 +11,7 @@
 
 #include <cstring>
 
+#include "amx.h"
 #include "tile_gemm.h"
 #include "tile_io.h"
 
@@ -19,7 +21,7 @@ namespace pairs {
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__GNUC__)
 inline bool supported() {
-  static const bool known = __builtin_cpu_supports("avx512bf16");
+  static const bool known = amx::supported() || __builtin_cpu_supports("avx512bf16");
   return known;
 }
 
@@ -34,14 +36,20 @@ struct MultiplyAdd {
 };
 #else
 inline bool supported() { return false; }
-using MultiplyAdd = gemm::MultiplyAdd;  // never used
+using MultiplyAdd = gemm::MultiplyAdd;  // never called
 #endif
 
 // The same bytes under other types.
 using Number __attribute__((may_alias)) = uint16_t;
 using Pair __attribute__((may_alias)) = uint32_t;
 
-// Rows of numbers, at the distance of `row` pairs, each followed by a 0 where it is odd.
+// By which of its instructions the processor multiplies them.
+inline const char* instructions() { return amx::supported() ? "AMX" : supported() ? "AVX512_BF16" : "none"; }
+
+// What multiply() takes for a depth of so many numbers.
+inline int64_t padded(int64_t depth) { return ceil_div(depth, amx::kDepth) * amx::kDepth; }
+
+// Rows of numbers, at the distance of `row` pairs, as a first factor.
 inline void copy_rows(Matrix<const c10::BFloat16> source, float* target, int64_t row, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; ++i) {
     auto* to = reinterpret_cast<Number*>(target + i * row);
@@ -49,23 +57,35 @@ inline void copy_rows(Matrix<const c10::BFloat16> source, float* target, int64_t
     if (source.col == 1) std::memcpy(to, from, columns * sizeof(Number));
     else
       for (int64_t j = 0; j < columns; ++j) to[j] = from[j * source.col];
-    if (columns % 2) to[columns] = 0;
+    std::fill(to + columns, to + padded(columns), Number(0));
   }
 }
 
-// target (ceil(rows / 2) x columns): pairs of a row's numbers and the next row's. The source has `source_row` numbers
-// between rows.
+// Pairs of a row's numbers and the next row's, as a second factor. The source has `source_row` numbers between rows.
 inline void join_rows(const void* source, int64_t source_row, float* target, int64_t target_row, int64_t rows,
                       int64_t columns) {
-  for (int64_t i = 0; i < rows; i += 2) {
+  for (int64_t i = 0; i < padded(rows); i += 2) {
     const auto* first = static_cast<const Number*>(source) + i * source_row;
     const auto* second = first + source_row;
     auto* to = reinterpret_cast<Pair*>(target + i / 2 * target_row);
     if (i + 1 < rows)
       for (int64_t j = 0; j < columns; ++j) to[j] = first[j] | static_cast<uint32_t>(second[j]) << 16;
-    else
+    else if (i < rows)
       for (int64_t j = 0; j < columns; ++j) to[j] = first[j];
+    else std::fill_n(to, columns, Pair(0));
   }
+}
+
+inline int64_t idle_calls(int64_t rows, int64_t columns, int64_t depth) {
+  if (amx::supported()) return amx::idle_calls(rows, columns, depth);
+  return restore_kernels::idle_calls<float>(rows, columns, ceil_div(depth, 2));
+}
+
+// c = a b + addend, in an amx::Session, see there.
+inline void multiply(Matrix<const float> a, Matrix<const float> b, Matrix<float> c, int64_t rows, int64_t columns,
+                     int64_t depth, Addend<float> addend, Prefetches idle) {
+  if (amx::supported()) return amx::multiply(a, b, c, rows, columns, depth, addend, idle);
+  restore_kernels::multiply<float, MultiplyAdd>(a, b, c, rows, columns, ceil_div(depth, 2), addend, idle);
 }
 
 inline void widen(const float* source, float* target, int64_t count) {

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "autograd.h"
+#include "bfloat16_pairs.h"
 #include "calls.h"
 
 #define TO_STRING_(x) #x
@@ -28,6 +29,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("pointwise_conv2d_call", restore_kernels::pointwise_conv2d_call);
   m.def("topk_attention_call", restore_kernels::topk_attention_call);
   m.def("masked_attention_call", restore_kernels::masked_attention_call);
+  m.def("bfloat16_instructions", restore_kernels::pairs::instructions);
   m.def("build_info", [] {
     return std::string(TO_STRING(CPU_CAPABILITY)) + ", " + __VERSION__ + ", " + RESTORE_KERNELS_FLAGS;
   });

@@ -11,7 +11,7 @@
 // Rows of an image lie a power of two apart; packed, at an odd number of cache lines, they do not fight for the same
 // sets of L1. The image is read and written once: 4 (C + C_out) bytes per pixel forward and 4 (2 C + C_out) backward.
 // Bound: C * C_out multiply-adds per pixel forward and twice that backward; at C of 16 and less the memory. bfloat16 is
-// multiplied as such where the processor can, at twice the rate (pointwise_factors.h).
+// multiplied as such where the processor can (pointwise_factors.h).
 //
 // Tiles and shares depend on shapes and strides alone, and shares are added in their order, so results are the same
 // for any number of threads.
@@ -37,6 +37,7 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kTile = 256;  // pixels
 constexpr int64_t kDepth = 128;  // steps of a sum whose factors stay in L1
 constexpr int64_t kColumns = 192;  // of the weight's gradient that are made together
+constexpr int64_t kSide = 16;  // parts of outputs or channels are multiples of it
 constexpr int64_t kTasks = 8;  // to divide a call into, at least
 constexpr int64_t kGrain = 1 << 19;  // multiply-adds that are worth a task
 
@@ -56,13 +57,11 @@ void each_image(TensorList images, int64_t begin, int64_t end, F f) {
 template <typename Factors, typename T, typename Block, typename Ahead>
 void multiply_in_stretches(Matrix<const T> a, Block block, Matrix<T> c, int64_t rows, int64_t columns, int64_t depth,
                            Addend<T> addend, Ahead ahead) {
-  constexpr int64_t together = Factors::kTogether;
-  const int64_t stretch = ceil_div(ceil_div(depth, ceil_div(depth, kDepth)), together) * together;
+  const int64_t stretch = ceil_div(ceil_div(depth, ceil_div(depth, kDepth)), Factors::kStep) * Factors::kStep;
   for (int64_t k = 0; k < depth; k += stretch) {
-    const int64_t count = std::min(stretch, depth - k), steps = ceil_div(count, together);
-    const Matrix<const T> b = block(k, count);
-    multiply<T, typename Factors::Fma>(a.from(0, k / together), b, c, rows, columns, steps, k == 0 ? addend : Addend<T>{c},
-                                       ahead(k, count, idle_calls<T>(rows, columns, steps)));
+    const int64_t count = std::min(stretch, depth - k);
+    Factors::multiply(a.from(0, k / Factors::kTogether), block(k, count), c, rows, columns, count,
+                      k == 0 ? addend : Addend<T>{c}, ahead(k, count, Factors::idle_calls(rows, columns, count)));
   }
 }
 
@@ -106,10 +105,11 @@ void forward(TensorList x, const Tensor& weight, const OptionalTensor& bias, con
   images.push_back(out);
   const Pixels pixels(images, kTile * x[0].size(1));
   const int64_t row = pitch(pixels.tile()), count_parts = parts(pixels.tasks(), p.work(), p.outputs);
-  const int64_t rows = ceil_div(p.outputs, count_parts), tasks = pixels.tasks() * count_parts;
+  const int64_t rows = ceil_div(ceil_div(p.outputs, count_parts), kSide) * kSide, tasks = pixels.tasks() * count_parts;
   const std::vector<T> ones(pixels.tile(), T(1));
   const int64_t grain = std::max<int64_t>(1, kGrain * tasks / std::max<int64_t>(1, p.work()));
   at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    [[maybe_unused]] const typename Factors::Session session;
     Factors packed(kDepth, pixels.tile());
     Scratch<T> sums(rows * row);
     for (int64_t task = begin; task < end; ++task) {
@@ -241,9 +241,10 @@ void backward(const Tensor& grad_out, TensorList x, const Tensor& weight, const 
   const FirstFactors<Factors> transposed(weight, true);
   const int64_t weights = results.shares.size(0), shares = results.shares.size(1), size = results.shares.size(2);
   const int64_t count_parts = parts(weights * shares, 2 * p.work(), p.channels), tasks = weights * shares * count_parts;
-  const int64_t part = ceil_div(p.channels, count_parts), runs = pixels.tasks() / std::max<int64_t>(weights, 1);
+  const int64_t part = ceil_div(ceil_div(p.channels, count_parts), kSide) * kSide, runs = pixels.tasks() / std::max<int64_t>(weights, 1);
   const int64_t grain = std::max<int64_t>(1, kGrain * tasks / std::max<int64_t>(1, 2 * p.work()));
   at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    [[maybe_unused]] const typename Factors::Session session;
     BackwardTiles<Factors> tiles(grad_out, x, p, transposed, pixels, results, part);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t c = task % count_parts * part, share = task / count_parts, i = share % shares;

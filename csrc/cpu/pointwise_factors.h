@@ -2,7 +2,7 @@
 // processor multiplies bfloat16 itself, as pairs of those (bfloat16_pairs.h).
 //
 // Both hold a tile, rows x columns, that comes from one or several images: as second factor its rows are the depth of
-// the product, as first factor its columns are, and columns() is it transposed.
+// the product, as first factor its columns are, and columns() is it transposed, as second factor.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -47,8 +47,9 @@ class Numbers {
 
  public:
   using Number = S;
-  using Fma = gemm::MultiplyAdd;
+  struct Session {};  // what a thread has while it multiplies
   static constexpr int64_t kTogether = 1;  // numbers in an element, along the depth
+  static constexpr int64_t kStep = 1;  // a depth is cut into multiples of it
 
   Numbers(int64_t rows, int64_t columns)
       : row_(pitch(columns)), column_(pitch(rows)), rows_(rows * row_), columns_(columns * column_) {}
@@ -70,6 +71,14 @@ class Numbers {
       sums[i] += at::vec::reduce_all<T>([](auto a, auto b) { return a + b; }, rows_.get() + i * row_, columns);
   }
 
+  static int64_t idle_calls(int64_t rows, int64_t columns, int64_t depth) {
+    return restore_kernels::idle_calls<T>(rows, columns, depth);
+  }
+  static void multiply(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns, int64_t depth,
+                       Addend<T> addend, Prefetches idle) {
+    restore_kernels::multiply<T>(a, b, c, rows, columns, depth, addend, idle);
+  }
+
   // See FirstFactors.
   static Tensor pack(const Tensor& matrices, bool) { return in_working_type(matrices); }
   static Matrix<const T> packed(const Tensor& matrices, int64_t i, int64_t rows, int64_t columns, bool transposed) {
@@ -85,19 +94,20 @@ class Numbers {
 class Pairs {
  public:
   using Number = c10::BFloat16;
-  using Fma = pairs::MultiplyAdd;
-  static constexpr int64_t kTogether = 2;
+  using Session = amx::Session;
+  static constexpr int64_t kTogether = 2, kStep = amx::kDepth;
 
   Pairs(int64_t rows, int64_t columns)
-      : row_(pitch(ceil_div(columns, 2))), joined_row_(pitch(columns)), column_(pitch(rows)), rows_(rows * row_),
-        joined_(ceil_div(rows, 2) * joined_row_), columns_(ceil_div(columns, 2) * column_) {}
+      : row_(pitch(pairs::padded(columns) / 2)), joined_row_(pitch(columns)), column_(pitch(rows)),
+        rows_((rows + amx::kSide) * row_), joined_(pairs::padded(rows) / 2 * joined_row_),
+        columns_(pairs::padded(columns) / 2 * column_) {}
 
   void add(Matrix<const Number> source, int64_t at, int64_t rows, int64_t columns) const {
     pairs::copy_rows(source, rows_.get() + at * row_, row_, rows, columns);
   }
   void add_columns(Matrix<const Number> source, int64_t at, int64_t rows, int64_t columns) const {
     add(source, 0, rows, columns);
-    tile_io::transpose(rows_.get(), row_, columns_.get() + at, column_, rows, ceil_div(columns, 2));
+    tile_io::transpose(rows_.get(), row_, columns_.get() + at, column_, rows, pairs::padded(columns) / 2);
   }
 
   Matrix<const float> second_factor(int64_t rows, int64_t columns) const {
@@ -115,24 +125,43 @@ class Pairs {
     }
   }
 
+  static int64_t idle_calls(int64_t rows, int64_t columns, int64_t depth) {
+    return pairs::idle_calls(rows, columns, depth);
+  }
+  static void multiply(Matrix<const float> a, Matrix<const float> b, Matrix<float> c, int64_t rows, int64_t columns,
+                       int64_t depth, Addend<float> addend, Prefetches idle) {
+    pairs::multiply(a, b, c, rows, columns, depth, addend, idle);
+  }
+
   static Tensor pack(const Tensor& matrices, bool transposed) {
     const int64_t rows = matrices.size(-4), columns = matrices.size(-3);
     const Tensor plain = matrices.contiguous().view({-1, rows, columns});
-    if (!transposed) return (columns % 2 ? at::constant_pad_nd(plain, {0, 1}) : plain).view(at::kFloat);
-    const int64_t count = plain.size(0), size = ceil_div(rows, 2) * columns;
-    const Tensor joined = at::empty({count, size}, plain.options().dtype(at::kFloat));
-    for (int64_t i = 0; i < count; ++i)
-      pairs::join_rows(plain.const_data_ptr<Number>() + i * rows * columns, columns,
-                       joined.mutable_data_ptr<float>() + i * size, columns, rows, columns);
-    return joined;
+    const Packed to(transposed ? columns : rows, transposed ? rows : columns);
+    const Tensor packed = at::empty({plain.size(0), to.size}, plain.options().dtype(at::kFloat));
+    const int64_t joined_row = pitch(columns);
+    const Scratch<float> joined(transposed ? to.row * 2 * joined_row : 0);
+    for (int64_t i = 0; i < plain.size(0); ++i) {
+      const Number* source = plain.const_data_ptr<Number>() + i * rows * columns;
+      float* target = packed.mutable_data_ptr<float>() + i * to.size;
+      if (transposed) {
+        pairs::join_rows(source, columns, joined.get(), joined_row, rows, columns);
+        tile_io::transpose(joined.get(), joined_row, target, to.row, pairs::padded(rows) / 2, columns);
+      } else pairs::copy_rows({source, columns}, target, to.row, rows, columns);
+    }
+    return packed;
   }
   static Matrix<const float> packed(const Tensor& matrices, int64_t i, int64_t rows, int64_t columns, bool transposed) {
-    const float* data = matrices.const_data_ptr<float>();
-    if (transposed) return Matrix<const float>{data + i * ceil_div(rows, 2) * columns, columns}.transposed();
-    return {data + i * rows * ceil_div(columns, 2), ceil_div(columns, 2)};
+    const Packed from(transposed ? columns : rows, transposed ? rows : columns);
+    return {matrices.const_data_ptr<float>() + i * from.size, from.row};
   }
 
  private:
+  // A weight as first factor: the distance of its rows, and its size with those that are read past the last.
+  struct Packed {
+    int64_t row, size;
+    Packed(int64_t rows, int64_t depth) : row(pitch(pairs::padded(depth) / 2)), size((rows + amx::kSide) * row) {}
+  };
+
   int64_t row_, joined_row_, column_;  // distances, in pairs
   LazyScratch<float> rows_, joined_, columns_;
 };
