@@ -67,6 +67,8 @@ PLAIN: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
     (pointwise_conv2d, {**POINTWISE, "bias": randn(7)}),
     (pointwise_conv2d, {"x": [HALF, IMAGE], "weight": randn(2, 7, 6, 1, 1)}),
     (pointwise_conv2d, {"x": IMAGE.detach()[:0], "weight": randn(7, 4, 1, 1)}),
+    (pointwise_conv2d, {"x": IMAGE.bfloat16(), "weight": randn(7, 4, 1, 1).bfloat16()}),
+    (pointwise_conv2d, {"x": IMAGE.double(), "weight": randn(7, 4, 1, 1).double()}),
     (topk_attention, ATTENTION),
     (topk_attention, {**ATTENTION, "weights": randn(3, 2), "temperature": randn(3, 1, 1)}),
     (topk_attention, {**ATTENTION, "topk": (4,), "normalize": False, "out_proj": randn(5, 12)}),
@@ -137,12 +139,15 @@ def tensors_of(arguments: dict[str, Any]) -> list[Tensor]:
     return [x for x in found if isinstance(x, Tensor) and x.requires_grad]
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("function", "arguments"), PLAIN)
-def test_the_same_as_by_way_of_python(function, arguments):
-    whole = library_call(function, arguments)
+def test_the_same_as_by_way_of_python(function, arguments, autocast):
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        whole = library_call(function, arguments)
+        by_python = function(**arguments, backend=("cpu",))  # a preference list goes that way
     assert whole is not None
-    by_python = function(**arguments, backend=("cpu",))  # a preference list goes that way
     assert torch.equal(whole, by_python)
+    assert whole.dtype == by_python.dtype
     assert whole.stride() == by_python.stride()
     inputs = tensors_of(arguments)
     grad = torch.randn_like(whole)
@@ -186,14 +191,11 @@ def test_not_where_something_else_is_asked_for(monkeypatch):
     assert plain_calls("auto") is None
 
 
-def test_leaves_autocast_and_subclasses():
+def test_leaves_subclasses():
     class Other(Tensor):
         pass
 
     for function, arguments in PLAIN:
-        if function is not channel_norm:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                assert library_call(function, arguments) is None
         if isinstance(first := next(iter(arguments.values())), Tensor):
             name = next(iter(arguments))
             assert library_call(function, {**arguments, name: first.detach().as_subclass(Other)}) is None

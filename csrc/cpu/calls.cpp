@@ -1,7 +1,7 @@
 // Calls of plain tensors on the CPU that clearly fit: checked and run here, since what Python does before a kernel
 // starts takes longer than the kernel at small shapes, and a network makes hundreds of calls a step.
 //
-// Nothing is refused here. A call that is not clearly right (another device, autocast, a subclass, a shape that does
+// Nothing is refused here. A call that is not clearly right (another device, a subclass, a shape that does
 // not fit) is left to api.py, which runs it or says what is wrong with it. So the checks are those of api.py, turned
 // round: what passes here passes there.
 #include "calls.h"
@@ -36,18 +36,27 @@ const Tensor* plain(handle x) {
   return fits ? &tensor : nullptr;
 }
 
-bool autocasts() { return at::autocast::is_autocast_enabled(at::kCPU); }
+// What a matrix product works with: a plain tensor, in the dtype that autocast has for those; else undefined.
+Tensor operand(handle x) {
+  const Tensor* tensor = plain(x);
+  if (!tensor) return {};
+  if (!at::autocast::is_autocast_enabled(at::kCPU) || tensor->scalar_type() == at::kDouble) return *tensor;
+  const auto type = at::autocast::get_autocast_dtype(at::kCPU);
+  if (tensor->scalar_type() == type) return *tensor;
+  const py::gil_scoped_release release;
+  return tensor->to(type);
+}
 
 bool like(const Tensor& x, const Tensor& other, at::IntArrayRef sizes) {
   return x.scalar_type() == other.scalar_type() && x.sizes() == sizes;
 }
 
-// None, or a plain tensor of these sizes and of other's dtype; whether x is one of the two.
+// None, or an operand of these sizes and of other's dtype; whether x is one of the two.
 bool optional_like(handle x, const Tensor& other, at::IntArrayRef sizes, OptionalTensor& result) {
   if (x.is_none()) return true;
-  const Tensor* tensor = plain(x);
-  if (!tensor || !like(*tensor, other, sizes)) return false;
-  result = *tensor;
+  const Tensor tensor = operand(x);
+  if (!tensor.defined() || !like(tensor, other, sizes)) return false;
+  result = tensor;
   return true;
 }
 
@@ -68,13 +77,13 @@ bool broadcasts(const Tensor& x, at::IntArrayRef sizes) {
 std::vector<Tensor> images_of(handle x) {
   std::vector<Tensor> images;
   const auto add = [&](handle each) {
-    const Tensor* image = plain(each);
-    if (!image || image->dim() != 4 || !only_batch_is_empty(*image)) return false;
+    const Tensor image = operand(each);
+    if (!image.defined() || image.dim() != 4 || !only_batch_is_empty(image)) return false;
     if (!images.empty()) {
       const Tensor& first = images[0];
-      if (!like(*image, first, {first.size(0), image->size(1), first.size(2), first.size(3)})) return false;
+      if (!like(image, first, {first.size(0), image.size(1), first.size(2), first.size(3)})) return false;
     }
-    images.push_back(*image);
+    images.push_back(image);
     return true;
   };
   const bool several = PyList_CheckExact(x.ptr()) || PyTuple_CheckExact(x.ptr());
@@ -104,37 +113,36 @@ std::optional<std::string_view> text(handle x) {
 
 // What attention between channels takes beside its operands.
 struct ChannelAttention {
-  const Tensor *q = nullptr, *k = nullptr, *v = nullptr;
-  Tensor temperature;
+  Tensor q, k, v, temperature;
   OptionalTensor out_proj;
   bool normalize = false;
 
   // False if the call is not clearly right, or in another layout.
   bool parse(handle q_, handle k_, handle v_, handle temperature_, handle normalize_, handle layout, handle projection) {
-    q = plain(q_), k = plain(k_), v = plain(v_);
-    if (!q || !k || !v || autocasts() || q->dim() != 4 || !only_batch_is_empty(*q)) return false;
-    if (!like(*k, *q, q->sizes()) || !like(*v, *q, q->sizes())) return false;
+    q = operand(q_), k = operand(k_), v = operand(v_);
+    if (!q.defined() || !k.defined() || !v.defined() || q.dim() != 4 || !only_batch_is_empty(q)) return false;
+    if (!like(k, q, q.sizes()) || !like(v, q, q.sizes())) return false;
     if (text(layout) != "channel" || !PyBool_Check(normalize_.ptr())) return false;
     normalize = normalize_.ptr() == Py_True;
-    const int64_t heads = q->size(1), channels = q->size(2);
+    const int64_t heads = q.size(1), channels = q.size(2);
     if (!projection.is_none()) {
-      const Tensor* weight = plain(projection);
-      if (!weight || weight->dim() != 2 || weight->size(0) == 0) return false;
-      if (!like(*weight, *q, {weight->size(0), heads * channels})) return false;
-      out_proj = *weight;
+      const Tensor weight = operand(projection);
+      if (!weight.defined() || weight.dim() != 2 || weight.size(0) == 0) return false;
+      if (!like(weight, q, {weight.size(0), heads * channels})) return false;
+      out_proj = weight;
     }
     if (const Tensor* given = plain(temperature_)) {
-      if (!broadcasts(*given, {q->size(0), heads, 1, 1})) return false;
+      if (!broadcasts(*given, {q.size(0), heads, 1, 1})) return false;
       temperature = *given;
       return true;
     }
     if (!temperature_.is_none()) return false;
-    temperature = at::full({1, 1}, normalize ? 1.0 : 1 / std::sqrt(static_cast<double>(q->size(3))), working_options());
+    temperature = at::full({1, 1}, normalize ? 1.0 : 1 / std::sqrt(static_cast<double>(q.size(3))), working_options());
     return true;
   }
 
   at::TensorOptions working_options() const {
-    return at::TensorOptions(q->scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+    return at::TensorOptions(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   }
 };
 
@@ -168,13 +176,13 @@ Result channel_norm_call(handle x, handle weight, handle bias, handle eps) {
 Result depthwise_conv2d_call(handle x, handle weight, handle bias, handle dilation, handle activation, handle slope,
                              handle gate) {
   const auto images = images_of(x);
-  const Tensor* kernel = plain(weight);
-  if (images.empty() || !kernel || autocasts() || kernel->dim() != 4 || !PyLong_CheckExact(dilation.ptr())) return std::nullopt;
+  const Tensor kernel = operand(weight);
+  if (images.empty() || !kernel.defined() || kernel.dim() != 4 || !PyLong_CheckExact(dilation.ptr())) return std::nullopt;
   const Tensor& first = images[0];
-  const int64_t outputs = kernel->size(0), inputs = kernel->size(1), size = kernel->size(2);
+  const int64_t outputs = kernel.size(0), inputs = kernel.size(1), size = kernel.size(2);
   const bool known = (inputs == 1 || inputs == 2) && (size == 1 || size == 3 || size == 5 || size == 7);
   if (!known || channels_of(images) != outputs * inputs) return std::nullopt;
-  if (!like(*kernel, first, {outputs, inputs, size, size})) return std::nullopt;
+  if (!like(kernel, first, {outputs, inputs, size, size})) return std::nullopt;
   const long taps = PyLong_AsLong(dilation.ptr());
   if (taps != 1 && taps != 2) {
     PyErr_Clear();  // of a number that is no long
@@ -192,35 +200,35 @@ Result depthwise_conv2d_call(handle x, handle weight, handle bias, handle dilati
   if (!optional_like(slope, first, {1}, slopes) && !optional_like(slope, first, {outputs}, slopes)) return std::nullopt;
   if (slopes.has_value() != (function == "prelu")) return std::nullopt;
   const py::gil_scoped_release release;
-  return depthwise_conv(images, *kernel, biases, slopes, gates, taps, function);
+  return depthwise_conv(images, kernel, biases, slopes, gates, taps, function);
 }
 
 Result pointwise_conv2d_call(handle x, handle weight, handle bias) {
   const auto images = images_of(x);
-  const Tensor* matrix = plain(weight);
-  if (images.empty() || !matrix || autocasts() || (matrix->dim() != 4 && matrix->dim() != 5)) return std::nullopt;
-  const int64_t outputs = matrix->size(-4), channels = channels_of(images), batch = images[0].size(0);
-  const bool fits = matrix->dim() == 4 ? like(*matrix, images[0], {outputs, channels, 1, 1})
-                                       : like(*matrix, images[0], {batch, outputs, channels, 1, 1});
+  const Tensor matrix = operand(weight);
+  if (images.empty() || !matrix.defined() || (matrix.dim() != 4 && matrix.dim() != 5)) return std::nullopt;
+  const int64_t outputs = matrix.size(-4), channels = channels_of(images), batch = images[0].size(0);
+  const bool fits = matrix.dim() == 4 ? like(matrix, images[0], {outputs, channels, 1, 1})
+                                       : like(matrix, images[0], {batch, outputs, channels, 1, 1});
   OptionalTensor biases;
   if (!fits || outputs == 0 || !optional_like(bias, images[0], {outputs}, biases)) return std::nullopt;
   const py::gil_scoped_release release;
-  return pointwise_conv(images, *matrix, biases);
+  return pointwise_conv(images, matrix, biases);
 }
 
 Result topk_attention_call(handle q, handle k, handle v, handle topk, handle weights, handle temperature, handle normalize,
                            handle layout, handle out_proj) {
   ChannelAttention call;
   if (!call.parse(q, k, v, temperature, normalize, layout, out_proj)) return std::nullopt;
-  const auto counts = counts_of(topk, call.q->size(2));
+  const auto counts = counts_of(topk, call.q.size(2));
   if (counts.empty()) return std::nullopt;
   const auto branches = static_cast<int64_t>(counts.size());
   const Tensor* given = weights.is_none() ? nullptr : plain(weights);
   if (!given && !weights.is_none()) return std::nullopt;
-  if (given && !broadcasts(*given, {call.q->size(0), call.q->size(1), branches})) return std::nullopt;
+  if (given && !broadcasts(*given, {call.q.size(0), call.q.size(1), branches})) return std::nullopt;
   const Tensor mixed = given ? *given : at::full({1}, 1.0 / static_cast<double>(branches), call.working_options());
   const py::gil_scoped_release release;
-  return channel_topk(*call.q, *call.k, *call.v, call.temperature, mixed, call.out_proj, counts, call.normalize);
+  return channel_topk(call.q, call.k, call.v, call.temperature, mixed, call.out_proj, counts, call.normalize);
 }
 
 Result masked_attention_call(handle q, handle k, handle v, handle mask, handle temperature, handle normalize, handle layout,
@@ -229,15 +237,15 @@ Result masked_attention_call(handle q, handle k, handle v, handle mask, handle t
   if (!call.parse(q, k, v, temperature, normalize, layout, out_proj)) return std::nullopt;
   const Tensor* given = mask.is_none() ? nullptr : plain(mask);
   if (!given && !mask.is_none()) return std::nullopt;
-  if (given && !broadcasts(*given, call.q->sizes())) return std::nullopt;
+  if (given && !broadcasts(*given, call.q.sizes())) return std::nullopt;
   const py::gil_scoped_release release;
   OptionalTensor expanded;
   if (given) {
     const int64_t rows = given->dim() > 1 ? given->size(-2) : 1;
     expanded = given->to(c10::typeMetaToScalarType(call.working_options().dtype()))
-                   .expand({call.q->size(0), call.q->size(1), rows, call.q->size(3)});
+                   .expand({call.q.size(0), call.q.size(1), rows, call.q.size(3)});
   }
-  return channel_masked(*call.q, *call.k, *call.v, expanded, call.temperature, call.out_proj, call.normalize);
+  return channel_masked(call.q, call.k, call.v, expanded, call.temperature, call.out_proj, call.normalize);
 }
 
 }  // namespace restore_kernels
