@@ -11,6 +11,7 @@
 #include <limits>
 #include <vector>
 
+#include "row_products.h"
 #include "tile_gemm.h"
 #include "tile_io.h"
 
@@ -186,8 +187,8 @@ struct Level {
 
   Scratch<T> patch_squares(int64_t channels, int64_t radius) const {
     Scratch<T> squares(pixels());
-    std::fill_n(squares.get(), pixels(), T(0));
-    add_squares<T>({keys.get(), channels}, squares.get(), pixels(), channels);
+    const Matrix<const T> rows{keys.get(), channels};
+    dot_rows<T>(rows, rows, pixels(), channels, squares.get());
     return box_sums(squares.get(), height, width, radius);
   }
 };

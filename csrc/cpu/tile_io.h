@@ -147,27 +147,6 @@ void write_tile(Matrix<S> x, int64_t rows, int64_t columns, Matrix<T> scratch, F
   copy_tile<T, S>(scratch, x, rows, columns);
 }
 
-// sum[i] += sum of squares of row i. Several rows at a time: one alone would wait for its own additions.
-template <typename T>
-void add_squares(Matrix<const T> rows, T* sum, int64_t count, int64_t length) {
-  using Vec = at::vec::Vectorized<T>;
-  constexpr int64_t kRows = 4;
-  for (int64_t i = 0; i < count; i += kRows) {
-    const int64_t height = std::min(kRows, count - i);
-    Vec total[kRows] = {Vec(T(0)), Vec(T(0)), Vec(T(0)), Vec(T(0))};
-    for (int64_t j = 0; j < length; j += Vec::size()) {
-      const int64_t width = std::min<int64_t>(Vec::size(), length - j);
-      for (int64_t r = 0; r < height; ++r) {
-        const T* p = rows.data + (i + r) * rows.row + j;
-        const Vec x = width == Vec::size() ? Vec::loadu(p) : Vec::loadu(p, width);
-        total[r] = at::vec::fmadd(x, x, total[r]);
-      }
-    }
-    for (int64_t r = 0; r < height; ++r)
-      sum[i + r] += at::vec::vec_reduce_all<T>([](Vec a, Vec b) { return a + b; }, total[r]);
-  }
-}
-
 namespace tile_io {
 
 // Rows, each with a sum of its own: enough that none waits for its own addition.
