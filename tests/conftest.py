@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if conformance.DEVICE == "cpu":
         # Before anything imports Triton: interpreted and compiled kernels do not mix in one process.
         os.environ["TRITON_INTERPRET"] = "1"
-        triton_interpreter.mend_bfloat16()
+        triton_interpreter.mend()
         name = config.getoption("--cuda-host")
         # Compiling takes a minute or two: only where it must run.
         build = host_kernels.build if "cuda" in conformance.REQUIRED else host_kernels.up_to_date
