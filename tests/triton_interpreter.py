@@ -5,9 +5,10 @@ hardware rounds to nearest, and ``tl.dot`` multiplies the bits as if they were i
 two mended, kernels may load, store, convert and multiply matrices of bfloat16 in it; any other
 arithmetic on bfloat16 is still wrong there.
 
-It spends half of its time on two things besides the kernels, which are the same here in less of it: it
-looks through the whole language at every call of a device function, and it checks every sum, difference
-and product of integers for an overflow, by a dozen of its own operations.
+It spends half of its time on three things besides the kernels, which are the same here in less of it: it
+looks through the whole language at every call of a device function, it checks every sum, difference and
+product of integers for an overflow by a dozen of its own operations, and it makes its table of NumPy's
+dtypes again for every result.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def mend() -> None:
     _mend_bfloat16()
     _prepare_the_language_once()
     _check_overflow_by_numpy()
+    _remember_dtypes()
 
 
 def _mend_bfloat16() -> None:
@@ -86,3 +88,15 @@ def _check_overflow_by_numpy() -> None:
         assert fits, f"{integer} overflows in {operation.__name__}"
 
     TritonSemantic.binary_op_sanitize_overflow_impl = check
+
+
+def _remember_dtypes() -> None:
+    from triton.runtime import interpreter
+
+    find = interpreter._get_np_dtype
+    of_numbers = functools.cache(find)
+
+    def dtype(type: Any) -> Any:
+        return find(type) if type.scalar.is_ptr() else of_numbers(type.scalar)  # pointers have no hash
+
+    interpreter._get_np_dtype = dtype
