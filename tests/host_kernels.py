@@ -30,7 +30,7 @@ COMPILE = (
 # Each build of the kernels and its flags.
 FLAGS = {
     "check": ("-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-    "sanitize": ("-O1", "-fsanitize=address"),
+    "sanitize": ("-O0", "-fsanitize=address"),
 }
 
 
