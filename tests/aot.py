@@ -320,7 +320,7 @@ Job = tuple[str, str, int]  # case, dtype, architecture
 
 
 def jobs(
-    cases: Sequence[str], dtypes: Sequence[str], architectures: Sequence[int], in_turn: bool
+    cases: Sequence[str], dtypes: Sequence[str], architectures: Sequence[int], in_turn: bool = False
 ) -> list[Job]:
     """Every case and dtype for every architecture, or for one of them, in turn."""
     pairs = [(case, dtype) for case in cases for dtype in dtypes]
@@ -341,10 +341,9 @@ def table(jobs: Sequence[Job], processes: int) -> Iterator[Row]:
             yield from rows
 
 
-def compile_apart(cases: Sequence[str], dtypes: Sequence[str], in_turn: bool) -> list[Row]:
+def compile_apart(jobs: Sequence[Job]) -> list[Row]:
     """The table in a process of its own: interpreted and compiled kernels do not mix in one."""
-    command = [sys.executable, __file__, "--json", "--cases", *cases, "--dtypes", *dtypes]
-    command += ["--in-turn"] * in_turn
+    command = [sys.executable, __file__, "--json", "--jobs", json.dumps(jobs)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
     assert run.returncode == 0, run.stderr
@@ -366,7 +365,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--architectures", nargs="+", type=int, default=ARCHITECTURES)
-    parser.add_argument("--in-turn", action="store_true", help="one architecture for each case and dtype")
+    parser.add_argument("--jobs", type=json.loads, help="a list of [case, dtype, architecture] instead")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="one row per line as JSON")
     options = parser.parse_args()
@@ -379,7 +378,7 @@ def main() -> None:
                 "case", "kernel", "arch", "dtype", "warps", "registers", "spills", "shared", "instructions"
             )
         )
-    todo = jobs(options.cases, options.dtypes, options.architectures, options.in_turn)
+    todo = options.jobs or jobs(options.cases, options.dtypes, options.architectures)
     for row in table(todo, options.processes):
         if options.json:
             print(json.dumps(asdict(row)), flush=True)

@@ -41,13 +41,29 @@ OPERATORS = {
 Compiled = tuple[str, set[aot.Job], list[aot.Row]]
 
 
-@pytest.fixture(scope="module", params=OPERATORS)
-def compiled(request: pytest.FixtureRequest) -> Compiled:
+@pytest.fixture(scope="module")
+def jobs(pytestconfig: pytest.Config) -> dict[str, list[aot.Job]]:
+    """What is to be compiled of every operator."""
+    in_turn = not pytestconfig.getoption("--all-architectures")
+    return {
+        name: aot.jobs(operator.cases, operator.dtypes, aot.ARCHITECTURES, in_turn)
+        for name, operator in OPERATORS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def table(jobs: dict[str, list[aot.Job]]) -> list[aot.Row]:
+    """Of all operators at once: processes take as long to start as a kernel to compile."""
+    return aot.compile_apart([job for own in jobs.values() for job in own])
+
+
+@pytest.fixture(params=OPERATORS)
+def compiled(
+    request: pytest.FixtureRequest, jobs: dict[str, list[aot.Job]], table: list[aot.Row]
+) -> Compiled:
     """Of an operator: its name, what was to be compiled, and the table."""
-    operator = OPERATORS[request.param]
-    in_turn = not request.config.getoption("--all-architectures")
-    jobs = aot.jobs(operator.cases, operator.dtypes, aot.ARCHITECTURES, in_turn)
-    return request.param, set(jobs), aot.compile_apart(operator.cases, operator.dtypes, in_turn)
+    own = set(jobs[request.param])
+    return request.param, own, [row for row in table if row.case in OPERATORS[request.param].cases]
 
 
 def test_no_spills_and_within_limits(compiled):
