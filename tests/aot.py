@@ -29,7 +29,7 @@ ARCHITECTURES = (80, 90, 100)
 DTYPES = ("float32", "bfloat16", "float16")
 # Bytes of shared memory that a block may have (CUDA C++ programming guide, compute capabilities).
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "FFMA")
+MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 
@@ -45,11 +45,11 @@ class Row:
     registers: int
     spilled_bytes: int  # of local memory per thread
     shared_bytes: int
-    instructions: dict[str, int]  # matrix instructions (and FFMA) in the machine code
+    instructions: dict[str, int]  # matrix instructions in the machine code
 
     @property
     def on_matrix_units(self) -> bool:
-        return bool(set(self.instructions) - {"FFMA"})
+        return bool(self.instructions)
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,8 @@ def compile_launch(launch: Launch, architecture: int) -> Row:
     source = ASTSource(launch.kernel, *specialisation(launch))
     options = {name: launch.options[name] for name in OPTIONS if name in launch.options}
     kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    resources, machine_code = _inspect(kernel.asm["cubin"])
+    # Half a second each; without a matrix product in PTX there is none in the machine code.
+    resources, machine_code = _inspect(kernel.asm["cubin"], disassemble="mma" in kernel.asm["ptx"])
     counts = {x: len(re.findall(rf"\b{x}\b", machine_code)) for x in MATRIX_INSTRUCTIONS}
     return Row(
         launch.case, launch.kernel.__name__, architecture, launch.dtype, kernel.metadata.num_warps,
@@ -299,8 +300,8 @@ def compile_launch(launch: Launch, architecture: int) -> Row:
     )  # fmt: skip
 
 
-def _inspect(cubin: bytes) -> tuple[dict[str, int], str]:
-    """Resource usage and machine code, by the tools in Triton's package."""
+def _inspect(cubin: bytes, disassemble: bool) -> tuple[dict[str, int], str]:
+    """Resource usage and, if wanted, machine code, by the tools in Triton's package."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -308,7 +309,7 @@ def _inspect(cubin: bytes) -> tuple[dict[str, int], str]:
         file.write(cubin)
         file.flush()
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        machine_code = _output(tools / "cuobjdump", "--dump-sass", file.name)
+        machine_code = _output(tools / "cuobjdump", "--dump-sass", file.name) if disassemble else ""
     return {name: int(size) for name, size in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}, machine_code
 
 
