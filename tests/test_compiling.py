@@ -11,7 +11,7 @@ from restore_nets.models.blocks import TransformerBlock
 from restore_nets.models.fusion import ChannelGate, FuseTwo, GatedConvs
 from restore_nets.models.gated import ResidualBlocks
 from restore_nets.models.mefc import FeatureCompensator, _Mixture
-from restore_nets.models.multi_scale import Decoder, Encoder, _EncoderLevel
+from restore_nets.models.multi_scale import Decoder, Encoder, _DecoderLevel, _EncoderLevel
 from restore_nets.models.residual import ResidualBlock
 from restore_nets.models.tokens import TokenBranch
 
@@ -36,7 +36,7 @@ CASES = {
 # Tracing takes a tenth of a second per operator, and a second block of these kinds would be the same again.
 REPEATED = (
     ChannelGate, Decoder, Encoder, FeatureCompensator, FuseTwo, GatedConvs, ResidualBlock, ResidualBlocks,
-    TokenBranch, TransformerBlock, _EncoderLevel, _Mixture,
+    TokenBranch, TransformerBlock, _DecoderLevel, _EncoderLevel, _Mixture,
 )  # fmt: skip
 SIZE = (11, 13)  # odd: networks pad it, and crop what they return
 # Sums in another order differ by some 1e-16 of their terms, of which a gradient may be a small remainder.
