@@ -263,6 +263,8 @@ OPTIONS = [part for key, value in TINY["panet"].items() for part in ("--option",
 
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(profiling, "SECONDS", 0.0)
+    memory = profiling._memory  # which takes a process for each alternative: of one it shows as much
+    monkeypatch.setattr(profiling, "_memory", lambda step, name: memory(step, name) if name == OURS else None)
     out, html = tmp_path / "step.json", tmp_path / "step.html"
     arguments = ["--model", "panet", "--size", "12", "--batch", "2", "--dtype", "bf16", *OPTIONS]
     assert cli.run(["profile", *arguments, "--out", str(out), "--html", str(html)]) == 0
@@ -270,6 +272,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert "panet" in shown and "2x3x12x12, bf16" in shown and "attention, backward" in shown
     result = json.loads(out.read_text())
     assert result["step"]["batch"] == 2 and result["alternatives"].keys() == {EAGER, EAGER_LAST, OURS}
+    assert result["alternatives"][OURS]["peak_extra_bytes"] > 0
     assert html.read_text().startswith("<!doctype html>")
 
 
