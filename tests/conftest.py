@@ -35,16 +35,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
-# Files that compile kernels or whole networks, or interpret kernels: minutes each. They come first, or the
-# last of them would keep one worker busy alone.
+# Files of a minute or so: they compile kernels or whole networks, interpret kernels, train, or start many
+# processes. They come first, the longest before the others, or the last would keep one worker busy alone.
 LONG = (
-    "_triton", "_cuda_", "_compiling", "_integration", "_step_profile", "_models", "_loss_curves", "_demo",
-    "_fuzz", "_instruction_sets",
+    "triton_compiled", "compiling", "cuda_sanitizer", "demo", "topk_attention", "step_profile", "integration",
+    "instruction_sets", "depthwise_conv", "loss_curves", "models",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not any(word in item.path.stem for word in LONG))
+    order = {f"test_{name}": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_configure(config: pytest.Config) -> None:
