@@ -90,7 +90,7 @@ def test_ceilings_are_measured():
     assert 1e8 < limits["copy_bytes_per_second"] < 1e13 and 1e8 < limits["flops_per_second"] < 1e15
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def row() -> dict:
     return run.measure(replace(CASE, backward=False), "cpu", torch.float32, seconds=0.0)
 
