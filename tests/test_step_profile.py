@@ -218,6 +218,27 @@ def test_a_wrong_gradient_gets_no_times(dtype, monkeypatch):
     assert "wrong: gradient" in tables(result)[0].rows[2][1]
 
 
+@pytest.mark.parametrize(("draws", "right"), [(2, False), (3, True)])
+def test_rounding_is_drawn_until_it_does_as_much(draws, right, monkeypatch):
+    """As where it decides between two equal scores: here the third draw jumps as our step does."""
+    step, call, move = tiny("panet"), Alternative.__call__, Alternative.move_weights
+    jumping = set()
+
+    def move_weights(self, epsilon, seed):
+        move(self, epsilon, seed)
+        if seed == 2:
+            jumping.add(self)
+
+    monkeypatch.setattr(profiling, "MOST_DRAWS", draws)
+    monkeypatch.setattr(Alternative, "move_weights", move_weights)
+    monkeypatch.setattr(
+        Alternative, "__call__",
+        lambda self: call(self) * (1.01 if self.backend == "auto" or self in jumping else 1),
+    )  # fmt: skip
+    wrong = profiling._check(step, {name: Alternative(step, name) for name in (EAGER, OURS)})[1]
+    assert (wrong == {}) == right and wrong.keys() <= {OURS}
+
+
 @pytest.mark.parametrize("name", list_models())
 def test_bf16_beside_float32_is_judged_by_what_bf16_does_in_eager(name, monkeypatch):
     """A gradient half as large again is wrong; what bf16 itself does to one is not."""
