@@ -6,7 +6,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 
 #include <memory>
@@ -139,7 +138,7 @@ class Pairs {
     const Packed to(transposed ? columns : rows, transposed ? rows : columns);
     const Tensor packed = at::empty({plain.size(0), to.size}, plain.options().dtype(at::kFloat));
     const int64_t joined_row = pitch(columns);
-    const Scratch<float> joined(transposed ? to.row * 2 * joined_row : 0);
+    const Scratch<float> joined(transposed ? pairs::padded(rows) / 2 * joined_row : 0);
     for (int64_t i = 0; i < plain.size(0); ++i) {
       const Number* source = plain.const_data_ptr<Number>() + i * rows * columns;
       float* target = packed.mutable_data_ptr<float>() + i * to.size;
