@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from restore_kernels.profiling.machine import processor_name
+from restore_kernels.profiling.results import file_name
 from restore_nets import figures
 from restore_nets.attribution import OUTSIDE
 from restore_nets.files import write_text
@@ -79,8 +79,7 @@ unit in the last place before every step does."""
 
 def measure(steps: list[Step], ways: tuple[str, ...]) -> Path:
     """Measure these of ``STEPS`` in these ways, and keep what the file has of the others."""
-    machine = re.sub(r"[^a-z0-9]+", "-", processor_name().lower()).strip("-")
-    path = RESULTS / f"{machine}.json"
+    path = RESULTS / file_name(processor_name())
     results = json.loads(path.read_text()) if path.exists() else []
     for step in steps:
 

@@ -16,6 +16,7 @@ import torch
 
 from restore_kernels import pyramid_attention
 from restore_kernels.profiling.machine import peak_extra_memory, processor_name
+from restore_kernels.profiling.results import file_name
 from restore_nets import create_model
 from restore_nets.photos import UNSEEN, shipped_photos
 from restore_nets.restoring import restore
@@ -63,7 +64,7 @@ def main() -> None:
             measure(f"PANet, 80 blocks, a whole photo of {PHOTO[0]}x{PHOTO[1]}", photo),
         ]
     result = {"processor": processor_name(), "threads": torch.get_num_threads(), "rows": rows}
-    path = RESULTS / f"{processor_name().lower().replace(' ', '-')}.json"
+    path = RESULTS / file_name(processor_name())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

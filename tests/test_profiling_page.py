@@ -203,4 +203,4 @@ def test_opens_on_a_phone(path, tmp_path):
 
 
 def test_files_are_named_after_the_machine(results):
-    assert file_name(results) == "a-processor.json"
+    assert file_name(results["machine"]["processor"]) == "a-processor.json"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from restore_kernels.profiling.machine import processor_name
 from restore_nets import figures
 from restore_nets.attention_calls import SAME_RESULT
 from restore_nets.files import write_text
@@ -86,17 +87,10 @@ def _mask(result: Result, check: MaskCheck, before: str) -> dict[str, Any]:
 def machine() -> dict[str, str]:
     """What the times were measured on."""
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": str(torch.get_num_threads()),
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "Python": platform.python_version(),
         "PyTorch": torch.__version__,
         "restore_kernels": version("restore_kernels"),
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

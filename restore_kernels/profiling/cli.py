@@ -110,7 +110,8 @@ def _write(args: argparse.Namespace, results: files.Results) -> None:
     ]  # fmt: skip
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        outputs.append((args.out / files.file_name(results), files.write_json))
+        machine = results["machine"]
+        outputs.append((args.out / files.file_name(machine["gpu"] or machine["processor"]), files.write_json))
     if args.html:
         from restore_kernels.profiling.page import write_html
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -34,11 +35,16 @@ def ceilings(device: str, dtype: torch.dtype, seconds: float = 2.0) -> dict[str,
 
 
 def processor_name() -> str:
+    """Model, and generation where Linux tells: virtual machines of many call it "AMD EPYC" and no more."""
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        match = None
-    return match.group(1).strip() if match else "unknown"
+        text = ""
+    fields = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$", text, re.MULTILINE))
+    name = fields.get("model name", platform.processor() or platform.machine())
+    if "cpu family" in fields and "model" in fields:
+        name += f" (family {fields['cpu family']}, model {fields['model']})"
+    return name
 
 
 def peak_extra_memory(call: Callable[[], object], device: str) -> int | None:

@@ -114,7 +114,6 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def file_name(results: Results) -> str:
-    """Of a results file: the processor or GPU."""
-    machine = results["machine"]
-    return re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or machine["processor"]).lower()).strip("-") + ".json"
+def file_name(machine: str) -> str:
+    """Of a results file, from the name of the processor or GPU."""
+    return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".json"
