@@ -7,12 +7,11 @@
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
-#include <c10/core/impl/alloc_cpu.h>
 
 #include <algorithm>
-#include <memory>
 #include <type_traits>
 
+#include "scratch.h"
 #include "tile_gemm.h"
 
 namespace restore_kernels {
@@ -21,20 +20,6 @@ inline namespace CPU_CAPABILITY {
 // What numbers of type S are computed in.
 template <typename S>
 using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
-// Uninitialised, 64-byte aligned.
-template <typename T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(c10::alloc_cpu(count * sizeof(T)))) {}
-  T* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* p) const { c10::free_cpu(p); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
 
 namespace tile_io {
 
