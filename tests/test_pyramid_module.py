@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from restore_kernels import use_backend
 from restore_kernels.nn import PyramidAttention
+from restore_kernels.nn.resizing import resize_bicubic
 from restore_kernels.pyramid_attention import reference
 
 SIZES = [(1, 1), (2, 3), (1, 9), (3, 1), (7, 12)]
@@ -133,6 +135,42 @@ def test_compiles_once_for_all_sizes():
         torch._dynamo.mark_dynamic(x, (2, 3))
         torch.testing.assert_close(compiled(x), attention(x), rtol=1e-12, atol=1e-12)
     assert len(graphs) == 1
+
+
+def gradients(call, x: torch.Tensor, autocast: bool) -> tuple[torch.Tensor, ...]:
+    """The result, and of all its tensors' gradients that of x."""
+    x = x.detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = call(x)
+    return out.detach(), torch.autograd.grad(out, x, features(*out.shape, dtype=out.dtype))[0]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_resized_as_without_compiling(memory_format, autocast):
+    x = features(2, 6, 13, 17).to(memory_format=memory_format)
+    torch.compiler.reset()
+    call = partial(resize_bicubic, factors=(0.7, 0.6))
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for image in (x, x.bfloat16()):
+        for ours, expected in zip(
+            gradients(compiled, image, autocast), gradients(call, image, autocast), strict=True
+        ):
+            assert ours.dtype == expected.dtype and torch.equal(ours, expected)
+
+
+def test_gradient_of_a_pyramid_under_inductor():
+    """Of four resized images and their source Inductor's own interpolation adds the gradients up wrongly."""
+
+    def pyramid(x):
+        levels = [x, *(resize_bicubic(x, (factor, factor)) for factor in (0.9, 0.8, 0.7, 0.6))]
+        return torch.cat([level.flatten(2) for level in levels], dim=2)
+
+    x = features(1, 2, 24, 24)
+    torch.compiler.reset()
+    compiled = torch.compile(pyramid, fullgraph=True, dynamic=False)
+    for ours, expected in zip(gradients(compiled, x, False), gradients(pyramid, x, False), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_eps_is_what_checkpoints_hold():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restore_kernels.nn.heads import check_image
+from restore_kernels.nn.resizing import resize_bicubic
 from restore_kernels.pyramid_attention import pyramid_attention
 from restore_kernels.pyramid_attention.api import PATCH_SIZES
 
@@ -79,4 +79,4 @@ def _projection(channels: int, projected: int) -> nn.Sequential:
 def _resized(x: Tensor, factor: float) -> Tensor:
     """(B, C, H, W) -> (B, C, floor(factor * H), floor(factor * W)), but at least one pixel a side."""
     factors = [max(factor, 1 / side) for side in x.shape[2:]]
-    return F.interpolate(x, scale_factor=factors, mode="bicubic")
+    return resize_bicubic(x, factors)
