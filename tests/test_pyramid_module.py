@@ -138,7 +138,7 @@ def test_compiles_once_for_all_sizes():
 
 
 def gradients(call, x: torch.Tensor, autocast: bool) -> tuple[torch.Tensor, ...]:
-    """The result, and of all its tensors' gradients that of x."""
+    """The result, and the gradient of x."""
     x = x.detach().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = call(x)
