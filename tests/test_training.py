@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -237,6 +238,25 @@ def test_divergence_stops_training():
         next(iter(run.model.parameters())).fill_(torch.nan)
     with pytest.raises(RuntimeError, match="diverged: the loss of step 1 is nan"):
         run.train()
+
+
+def test_collector_is_spared_while_training_and_no_longer():
+    run, frozen = trainer(2), []
+    run.train(lambda _: frozen.append(gc.get_freeze_count()), until=1)
+    assert frozen[0] > 0
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(ZeroDivisionError):
+        run.train(lambda _: 1 / 0)
+    assert gc.get_freeze_count() == 0
+
+
+def test_collector_that_was_spared_before_stays_so():
+    gc.freeze()
+    try:
+        trainer(1).train()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
 
 
 def test_schedule_rises_then_falls_to_zero():

@@ -35,7 +35,7 @@ from restore_nets.models.options import check_choice, check_integer
 from restore_nets.recipe import SHIPPED, DataRecipe, Recipe
 from restore_nets.restoring import scale_of
 from restore_nets.tasks import create_task
-from restore_nets.training import PHASES, Trainer
+from restore_nets.training import PHASES, Trainer, collector_spared
 
 DTYPES = {"float32": "float32", "bf16": "bfloat16"}  # as for TrainingConfig.precision
 EAGER, EAGER_LAST, COMPILED = "eager", "eager, channels_last", "torch.compile"
@@ -225,7 +225,8 @@ def profile_step(
     losses, wrong = _check(step, alternatives)
     right = {name: alternative for name, alternative in alternatives.items() if name not in wrong}
     on_stage("timing")
-    timings = interleave(right, seconds=seconds, min_runs=min_runs, warm_ups=1)
+    with collector_spared():  # as in Trainer.train
+        timings = interleave(right, seconds=seconds, min_runs=min_runs, warm_ups=1)
     result: dict[str, Any] = {
         "step": asdict(step),
         "parameters": sum(p.numel() for p in alternatives[EAGER].trainer.model.parameters()),
