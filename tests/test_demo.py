@@ -19,7 +19,7 @@ from restore_nets.checkpoints import load_task
 from restore_nets.data import values
 from restore_nets.demo_recipes import DEFAULT_MODELS, DEFAULT_TASK, RECIPES, DemoRecipe
 from restore_nets.images import read_image, write_image
-from restore_nets.kernel_checks import follow_losses
+from restore_nets.kernel_checks import Agreement, follow_losses
 from restore_nets.metrics import PRESETS, score
 from restore_nets.restoring import restore, scale_of
 from restore_nets.tasks import create_task, list_tasks, task_at
@@ -381,6 +381,16 @@ def test_losses_of_a_wrong_kernel_do_not_follow_eager(attention, passes, photos,
         trainer = make_trainer()
         trainer.train(until=steps)
     calls = []
-    agreement = follow_losses(trainer.losses, make_trainer, lambda: calls.append(1))
-    assert len(calls) == 3 * steps
+    agreement = follow_losses(trainer.losses, make_trainer, lambda: calls.append(1), first_steps=2)
+    assert len(calls) == 3 * steps + 2
+    assert [len(run) for run in agreement.noise] == [steps, steps, 1, 1]
     assert agreement.passed == passes
+
+
+def test_a_run_of_one_step_tells_of_that_step_alone():
+    losses, same, parts = [1.0, 1.0, 1.0], [0.0, 0.0, 1e-3], [0.0, 1e-3, 1e-3]
+    assert Agreement(parts, [same, [0.0]], losses).noise_agreeing_steps == 2
+    assert Agreement(parts, [same, [1e-3]], losses).noise_agreeing_steps == 0
+    at_once = [1e-3, 1e-3, 1e-3]
+    assert not Agreement(at_once, [same, [0.0]], losses).passed
+    assert Agreement(at_once, [same, [1e-3]], losses).passed

@@ -11,6 +11,7 @@ from restore_nets.profiling import Step
 from restore_nets.training import Trainer
 
 STEPS = 20
+FIRST_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,17 @@ class LossCurves:
 
 
 def loss_curves(
-    step: Step, steps: int = STEPS, on_stage: Callable[[str], object] = lambda stage: None
-) -> LossCurves:
-    """Train by the recipe of a float32 ``step``, on real photos, for a whole schedule of ``steps`` steps."""
+    step: Step, steps: int = STEPS, *, first_steps: int = FIRST_STEPS,
+    on_stage: Callable[[str], object] = lambda stage: None,
+) -> LossCurves:  # fmt: skip
+    """Train by the recipe of a float32 ``step``, on real photos, for a whole schedule of ``steps`` steps.
+
+    Args:
+        step: the network, the size of its crops, and their number.
+        steps: of training.
+        first_steps: of eager PyTorch with rounding errors added, see ``follow_losses``.
+        on_stage: called with a word or two before each part of the work.
+    """
 
     def trainer(step: Step) -> Trainer:
         model = step.network()
@@ -55,5 +64,5 @@ def loss_curves(
         on_stage(name)
         run.train()
     on_stage("losses of eager PyTorch")
-    agreement = follow_losses(ours.losses, lambda: trainer(step), lambda: None)
+    agreement = follow_losses(ours.losses, lambda: trainer(step), lambda: None, first_steps)
     return LossCurves(ours.losses, narrow.losses, agreement)
