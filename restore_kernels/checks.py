@@ -88,14 +88,16 @@ def broadcastable(
     _same_device(name, x, q)
 
 
-def per_channel(name: str, x: Any, image: Tensor) -> None:
-    """A tensor of one number per channel of the image x (B, C, H, W), on its device."""
+def parameter(name: str, x: Any, image: Tensor, shape: tuple[int, ...]) -> None:
+    """A tensor of this shape, of any supported dtype, on the device of the image x."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
     if x.dtype not in FLOATING:
         raise TypeError(f"{name} must be {_names(FLOATING)}; got {_name(x.dtype)}")
-    if x.dim() != 1 or x.shape[0] != image.shape[1]:
-        raise ValueError(f"{name} must have shape ({image.shape[1]},), one per channel; got {tuple(x.shape)}")
+    if tuple(x.shape) != shape:
+        raise ValueError(
+            f"{name} must have shape {shape} to fit x {tuple(image.shape)}; got {tuple(x.shape)}"
+        )
     _same_device(name, x, image, "x")
 
 

@@ -53,9 +53,9 @@ def channel_norm(
 def _check(x, weight, bias, eps) -> None:
     """Every semantic check of a call."""
     checks.floating_tensor("x", x, ("B", "C", "H", "W"))
-    checks.per_channel("weight", weight, x)
+    checks.parameter("weight", weight, x, (x.shape[1],))
     if bias is not None:
-        checks.per_channel("bias", bias, x)
+        checks.parameter("bias", bias, x, (x.shape[1],))
     if not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
         raise ValueError(f"eps must be a positive finite number; got {eps!r}")
 
