@@ -142,6 +142,17 @@ def _pyramid(dtype: torch.dtype, patch_size: int, depth: int, width: int, hard: 
     launchers.pyramid_attention_backward(out, *call, log_sum_exp, patch_size, 10.0, 1e-4, 0.25)
 
 
+def _channel_gate(dtype: torch.dtype, channels: int, hidden: int, pixel_major: bool = False) -> None:
+    from restore_kernels.channel_gate import triton_launch as launchers
+
+    x = _empty((2, channels, 64, 64), dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if pixel_major else x
+    down, up = (_empty((*sides, 1, 1), torch.float32) for sides in ((hidden, channels), (channels, hidden)))
+    biases = (_empty((size,), torch.float32) for size in (hidden, channels))
+    out, *saved = launchers.channel_gate(x, down, up, *biases, x)
+    launchers.channel_gate_backward(out, x, down, up, *saved)
+
+
 def _channel_norm(dtype: torch.dtype, channels: int, biased: bool, pixel_major: bool = False) -> None:
     from restore_kernels.channel_norm import triton_launch as launchers
 
@@ -202,6 +213,9 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "pyramid 3x3 Cq=32 Cv=64 hard": lambda dtype: _pyramid(dtype, 3, 32, 64, hard=True),
     "pyramid 3x3 Cq=32 Cv=256": lambda dtype: _pyramid(dtype, 3, 32, 256),
     "pyramid 7x7 Cq=32 Cv=64": lambda dtype: _pyramid(dtype, 7, 32, 64),
+    "channel gate C=48": lambda dtype: _channel_gate(dtype, 48, 12),
+    "channel gate C=64 channels_last": lambda dtype: _channel_gate(dtype, 64, 4, pixel_major=True),
+    "channel gate C=512": lambda dtype: _channel_gate(dtype, 512, 32),
     "channel norm C=48": lambda dtype: _channel_norm(dtype, 48, True),
     "channel norm C=48 channels_last": lambda dtype: _channel_norm(dtype, 48, True, pixel_major=True),
     "channel norm C=384 without bias": lambda dtype: _channel_norm(dtype, 384, False),

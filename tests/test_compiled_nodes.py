@@ -80,6 +80,18 @@ def norm_without_bias(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
     return lambda x, weight: restore_kernels.channel_norm(x, weight, backend="cpu"), tensors
 
 
+def gate_with_residual(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
+    tensors = [normal(2, 6, 5, 7, dtype=dtype), normal(3, 6, 1, 1, dtype=dtype), normal(6, 3, 1, 1)]
+    return lambda x, down, up, down_bias, up_bias, residual: restore_kernels.channel_gate(
+        x, down, up, down_bias, up_bias, residual, backend="cpu"
+    ), [*tensors, normal(3), normal(6, dtype=dtype), normal(2, 6, 5, 7, dtype=dtype)]  # fmt: skip
+
+
+def gate_alone(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
+    tensors = [normal(2, 6, 5, 7, dtype=dtype), normal(3, 6, 1, 1), normal(6, 3, 1, 1, dtype=dtype)]
+    return lambda x, down, up: restore_kernels.channel_gate(x, down, up, backend="cpu"), tensors
+
+
 def dense_conv(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
     wide = torch.float64 if dtype == torch.float64 else torch.float32  # what it computes
     tensors = [normal(2, 3, 5, 7, dtype=wide), normal(4, 3, 3, 3, dtype=wide), normal(4, dtype=wide)]
@@ -117,7 +129,7 @@ def depthwise_rectified(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
 CASES = [
     topk_channel, topk_channel_projected, topk_token,
     masked_channel, masked_channel_projected, masked_token,
-    norm_with_bias, norm_without_bias,
+    norm_with_bias, norm_without_bias, gate_with_residual, gate_alone,
     dense_conv, pointwise_conv, pointwise_conv_per_image,
     depthwise_gated, depthwise_rectified,
 ]  # fmt: skip

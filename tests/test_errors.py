@@ -10,6 +10,7 @@ import torch
 
 from restore_kernels import explain, masked_attention, pyramid_attention, topk_attention
 from restore_kernels.nn import (
+    ChannelGate,
     ChannelNorm,
     DepthwiseConv2d,
     DynamicDualAttention,
@@ -250,7 +251,7 @@ def test_multi_input_attention(bad, message):
 
 MODULES_OF_IMAGES = [
     ChannelNorm(4), MultiDconvAttention(4, 2), TopKSparseAttention(4, 2), DynamicDualAttention(4, 2),
-    PyramidAttention(4), DepthwiseConv2d(4, 4, 3),
+    PyramidAttention(4), DepthwiseConv2d(4, 4, 3), ChannelGate(4, 2),
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import restore_kernels
 from restore_kernels import (
+    channel_gate,
     channel_norm,
     depthwise_conv2d,
     masked_attention,
@@ -24,6 +25,9 @@ pytestmark = pytest.mark.skipif(native.why_no_cpu_library() is not None, reason=
 
 # What the functions of the library are called with where the caller says nothing.
 DEFAULTS: dict[Callable[..., Tensor], dict[str, Any]] = {
+    channel_gate: {
+        "x": None, "down": None, "up": None, "down_bias": None, "up_bias": None, "residual": None,
+    },
     channel_norm: {"x": None, "weight": None, "bias": None, "eps": 1e-5},
     depthwise_conv2d: {
         "x": None, "weight": None, "bias": None, "dilation": 1, "activation": None, "slope": None,
@@ -52,11 +56,15 @@ def qkv(**options: Any) -> dict[str, Any]:
 
 IMAGE, HALF = randn(2, 4, 5, 6), randn(2, 2, 5, 6)
 ATTENTION = qkv(topk=[2, None])
+GATE = {"x": IMAGE, "down": randn(3, 4, 1, 1), "up": randn(4, 3, 1, 1)}
 NORM = {"x": IMAGE, "weight": randn(4)}
 DEPTHWISE = {"x": IMAGE, "weight": randn(4, 1, 3, 3)}
 POINTWISE = {"x": IMAGE, "weight": randn(7, 4, 1, 1)}
 
 PLAIN: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
+    (channel_gate, GATE),
+    (channel_gate, {**GATE, "down_bias": randn(3), "up_bias": randn(4), "residual": IMAGE}),
+    (channel_gate, {**GATE, "x": IMAGE.bfloat16(), "residual": IMAGE.bfloat16(), "up_bias": randn(4)}),
     (channel_norm, NORM),
     (channel_norm, {**NORM, "bias": randn(4), "eps": 1e-3}),
     (channel_norm, {**NORM, "x": randn(2, 4, 5, 6, dtype=torch.bfloat16)}),
@@ -81,6 +89,8 @@ PLAIN: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
 LEFT: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
     *((function, {**plain, name: wrong})
       for function, plain, names in (
+          (channel_gate, {**GATE, "down_bias": randn(3), "up_bias": randn(4), "residual": IMAGE},
+           ("x", "down", "up", "down_bias", "up_bias", "residual")),
           (channel_norm, {**NORM, "bias": randn(4)}, ("x", "weight", "bias")),
           (depthwise_conv2d, {**DEPTHWISE, "bias": randn(4), "gate": IMAGE}, ("x", "weight", "bias", "gate")),
           (pointwise_conv2d, {**POINTWISE, "bias": randn(7)}, ("x", "weight", "bias")),
@@ -93,6 +103,10 @@ LEFT: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
           randn(2, 3, 1, 7, 1, 1), torch.ones(2, 3, 4, 5, dtype=torch.int64), "x", 1,
           torch.ones(2, 4, 5, 6, device="meta"), torch.nn.Buffer(torch.ones(2, 4, 5, 6)).to_sparse(),
       )),
+    (channel_gate, {**GATE, "down": randn(3, 4)}),
+    (channel_gate, {**GATE, "down": randn(0, 4, 1, 1), "up": randn(4, 0, 1, 1)}),
+    (channel_gate, {**GATE, "up": randn(3, 4, 1, 1)}),
+    (channel_gate, {**GATE, "residual": IMAGE.double()}),
     (channel_norm, {**NORM, "weight": randn(5)}),
     (channel_norm, {**NORM, "eps": 0.0}),
     (channel_norm, {**NORM, "eps": float("nan")}),

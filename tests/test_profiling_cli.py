@@ -26,6 +26,7 @@ SHAPES = {
     "dense_conv2d": ["--shape", "1,6,10,11", "--outputs", "4"],
     "depthwise_conv2d": ["--shape", "1,6,10,11", "--activation", "prelu", "--gate", "with"],
     "pointwise_conv2d": ["--shape", "1,6,10,11", "--outputs", "4", "--images", "2"],
+    "channel_gate": ["--shape", "1,6,10,11"],
     "channel_norm": ["--shape", "1,6,10,11"],
 }
 SHORT = ["--seconds", "0.05"]

@@ -41,6 +41,8 @@ def given() -> dict[str, Any]:
         "mask": torch.rand(16), "query": image, "keys": [image], "values": [image], "x": image,
         "weight": torch.ones(8, 1, 3, 3), "bias": None, "y": image, "weight_of_both": torch.ones(4, 16, 1, 1),
         "weight_of_all": torch.ones(4, 8, 3, 3),
+        "down": torch.ones(2, 8, 1, 1), "up": torch.ones(8, 2, 1, 1), "residual": image,
+        "down_bias": torch.ones(2), "up_bias": torch.ones(8),
         "gamma": torch.ones(8), "beta": torch.zeros(8),
         "model": nn.Sequential(Restorer(), TheirNorm(3)), "TheirNorm": TheirNorm,
     }  # fmt: skip

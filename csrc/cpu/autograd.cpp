@@ -186,6 +186,41 @@ struct TokenMasked : torch::autograd::Function<TokenMasked> {
   }
 };
 
+struct ChannelGate : torch::autograd::Function<ChannelGate> {
+  using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                                             const OptionalTensor&, const OptionalTensor&);
+  using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                                                      const Tensor&, const Tensor&, const Tensor&,
+                                                                      const Tensor&);
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& down, const Tensor& up,
+                        const OptionalTensor& down_bias, const OptionalTensor& up_bias, const OptionalTensor& residual) {
+    static const auto op = find<Forward>("restore_kernels::channel_gate");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto type = accumulate_type(x);
+    const auto wide = [&](const OptionalTensor& bias) { return bias ? OptionalTensor(bias->to(type)) : std::nullopt; };
+    auto [out, mean, hidden, gate] = op.call(x, down.to(type), up.to(type), wide(down_bias), wide(up_bias), residual);
+    ctx->save_for_backward({x, down, up, defined_if(down_bias), defined_if(up_bias), mean, hidden, gate});
+    ctx->saved_data["has_residual"] = residual.has_value();
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grad_out) {
+    static const auto op = find<Backward>("restore_kernels::channel_gate_backward");
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &down = saved[1], &up = saved[2], &mean = saved[5];
+    auto [of_x, of_down, of_up, of_down_bias, of_up_bias] = [&] {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      const auto type = mean.scalar_type();
+      return op.call(grad_out[0], saved[0], down.to(type), up.to(type), mean, saved[6], saved[7]);
+    }();
+    const auto like = [](const Tensor& grad, const Tensor& x) { return x.defined() ? grad.to(x.scalar_type()) : Tensor(); };
+    const Tensor of_residual = ctx->saved_data["has_residual"].toBool() ? grad_out[0] : Tensor();
+    return once("channel_gate", {of_x, like(of_down, down), like(of_up, up), like(of_down_bias, saved[3]),
+                                 like(of_up_bias, saved[4]), of_residual});
+  }
+};
+
 struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
   using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, double);
   using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
@@ -343,6 +378,10 @@ Tensor channel_masked(const Tensor& q, const Tensor& k, const Tensor& v, const O
 Tensor token_masked(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
                     const Tensor& temperature, bool normalize) {
   return TokenMasked::apply(q, k, v, mask, temperature, normalize)[0];
+}
+Tensor channel_gate(const Tensor& x, const Tensor& down, const Tensor& up, const OptionalTensor& down_bias,
+                    const OptionalTensor& up_bias, const OptionalTensor& residual) {
+  return ChannelGate::apply(x, down, up, down_bias, up_bias, residual);
 }
 Tensor channel_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps) {
   return ChannelNorm::apply(x, weight, bias, eps);

@@ -20,6 +20,8 @@ Tensor channel_masked(const Tensor& q, const Tensor& k, const Tensor& v, const O
                       const Tensor& temperature, const OptionalTensor& out_proj, bool normalize);
 Tensor token_masked(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
                     const Tensor& temperature, bool normalize);
+Tensor channel_gate(const Tensor& x, const Tensor& down, const Tensor& up, const OptionalTensor& down_bias,
+                    const OptionalTensor& up_bias, const OptionalTensor& residual);
 Tensor channel_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps);
 Tensor dense_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 Tensor depthwise_conv(const std::vector<Tensor>& x, const Tensor& weight, const OptionalTensor& bias,

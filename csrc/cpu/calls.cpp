@@ -162,6 +162,28 @@ std::vector<int64_t> counts_of(handle topk, int64_t row) {
 
 }  // namespace
 
+Result channel_gate_call(handle x, handle down, handle up, handle down_bias, handle up_bias, handle residual) {
+  const Tensor *image = plain(x), *squeeze = plain(down), *excite = plain(up), *added = plain(residual);
+  if (!image || !squeeze || !excite || (!added && !residual.is_none())) return std::nullopt;
+  if (image->dim() != 4 || !only_batch_is_empty(*image) || squeeze->dim() != 4 || squeeze->size(0) == 0) return std::nullopt;
+  const int64_t channels = image->size(1), hidden = squeeze->size(0);
+  const auto is = [](const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+    return tensor.sizes() == at::IntArrayRef(sizes);
+  };
+  if (!is(*squeeze, {hidden, channels, 1, 1}) || !is(*excite, {channels, hidden, 1, 1})) return std::nullopt;
+  if (added && !like(*added, *image, image->sizes())) return std::nullopt;
+  OptionalTensor biases[2];
+  const handle given[] = {down_bias, up_bias};
+  for (int i = 0; i < 2; ++i) {
+    if (given[i].is_none()) continue;
+    const Tensor* bias = plain(given[i]);
+    if (!bias || !is(*bias, {i == 0 ? hidden : channels})) return std::nullopt;
+    biases[i] = *bias;
+  }
+  const py::gil_scoped_release release;
+  return channel_gate(*image, *squeeze, *excite, biases[0], biases[1], added ? OptionalTensor(*added) : std::nullopt);
+}
+
 Result channel_norm_call(handle x, handle weight, handle bias, handle eps) {
   const Tensor *image = plain(x), *scale = plain(weight), *shift = bias.is_none() ? nullptr : plain(bias);
   if (!image || !scale || (!shift && !bias.is_none()) || !PyFloat_CheckExact(eps.ptr())) return std::nullopt;

@@ -12,6 +12,7 @@ using at::Tensor;
 using Result = std::optional<Tensor>;  // nullopt: the call is left to api.py
 using pybind11::handle;
 
+Result channel_gate_call(handle x, handle down, handle up, handle down_bias, handle up_bias, handle residual);
 Result channel_norm_call(handle x, handle weight, handle bias, handle eps);
 Result depthwise_conv2d_call(handle x, handle weight, handle bias, handle dilation, handle activation, handle slope,
                              handle gate);

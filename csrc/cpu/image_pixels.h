@@ -49,6 +49,7 @@ class Pixels {
   }
 
   int64_t tasks() const { return matrices_ * chunks_; }
+  int64_t tasks_of_image() const { return per_image_ * chunks_; }
   int64_t tile() const { return tile_; }
 
   // Calls f(matrix, first pixel, number of pixels, first pixel among those of all matrices) for a task's tiles.

@@ -20,10 +20,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("token_topk", restore_kernels::token_topk, WithoutGil());
   m.def("channel_masked", restore_kernels::channel_masked, WithoutGil());
   m.def("token_masked", restore_kernels::token_masked, WithoutGil());
+  m.def("channel_gate", restore_kernels::channel_gate, WithoutGil());
   m.def("channel_norm", restore_kernels::channel_norm, WithoutGil());
   m.def("dense_conv", restore_kernels::dense_conv, WithoutGil());
   m.def("depthwise_conv", restore_kernels::depthwise_conv, WithoutGil());
   m.def("pointwise_conv", restore_kernels::pointwise_conv, WithoutGil());
+  m.def("channel_gate_call", restore_kernels::channel_gate_call);
   m.def("channel_norm_call", restore_kernels::channel_norm_call);
   m.def("depthwise_conv2d_call", restore_kernels::depthwise_conv2d_call);
   m.def("pointwise_conv2d_call", restore_kernels::pointwise_conv2d_call);

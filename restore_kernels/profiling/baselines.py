@@ -117,6 +117,16 @@ def published_pointwise_conv(images: Sequence[Tensor], weight: Tensor) -> Tensor
     return F.conv2d(images[0] if len(images) == 1 else torch.cat(list(images), dim=1), weight)
 
 
+def published_channel_gate(
+    x: Tensor, down: Tensor, up: Tensor, down_bias: Tensor, up_bias: Tensor, residual: Tensor
+) -> Tensor:
+    """Pool, convolve, rectify, convolve, sigmoid, multiply, add: one statement per step."""
+    pooled = F.adaptive_avg_pool2d(x, 1)
+    hidden = F.relu(F.conv2d(pooled, down, down_bias))
+    gate = torch.sigmoid(F.conv2d(hidden, up, up_bias))
+    return x * gate + residual
+
+
 def published_channel_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The library's layer normalisation, between two changes of the order of dimensions."""
     normalised = F.layer_norm(x.flatten(2).transpose(1, 2), weight.shape, weight, bias)

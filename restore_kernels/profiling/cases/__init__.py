@@ -6,7 +6,7 @@ command line, and its cases ``CPU``, ``GPU`` and ``GROWTH``. It joins by its nam
 
 from __future__ import annotations
 
-from restore_kernels.profiling.cases import dense, depthwise, masked, norm, pointwise, pyramid, topk
+from restore_kernels.profiling.cases import dense, depthwise, gate, masked, norm, pointwise, pyramid, topk
 from restore_kernels.profiling.cases.case import BenchmarkCase, Excerpt, Inputs
 from restore_kernels.profiling.cases.masked import MaskedCase
 from restore_kernels.profiling.cases.pyramid import PyramidCase
@@ -26,7 +26,7 @@ __all__ = [
     "TopKCase",
 ]
 
-_MODULES = (topk, masked, pyramid, dense, depthwise, pointwise, norm)
+_MODULES = (topk, masked, pyramid, dense, depthwise, pointwise, norm, gate)
 
 CPU_CASES: tuple[BenchmarkCase, ...] = tuple(case for module in _MODULES for case in module.CPU)
 GPU_CASES: tuple[BenchmarkCase, ...] = tuple(case for module in _MODULES for case in module.GPU)
