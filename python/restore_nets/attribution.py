@@ -43,7 +43,10 @@ _OWN_KINDS = {
     f"restore_kernels::{kind}_conv{suffix}": f"{kind} convolution"
     for kind in ("pointwise", "dense") for suffix in ("", "_backward")
 }  # fmt: skip
-_NORMS = ("ChannelNorm", "LayerNorm")  # modules of which everything is normalisation
+# Modules of which everything is of one kind.
+_MODULES = {
+    "ChannelNorm": "normalisation", "LayerNorm": "normalisation", "ChannelGate": "activation, gate",
+}  # fmt: skip
 _ACTIVATIONS = {
     f"aten::{name}" for name in (
         "relu", "threshold_backward", "gelu", "gelu_backward", "prelu", "_prelu_kernel",
@@ -226,8 +229,8 @@ def _kind(event: Any, phase: str, path: Path) -> str | None:
         return "optimizer"
     if not OPERATORS.keys().isdisjoint(path):
         return "attention"
-    if path[-1] in _NORMS:
-        return "normalisation"
+    if path[-1] in _MODULES:
+        return _MODULES[path[-1]]
     if event.name in _CONVOLUTIONS:
         image, weight = (event.input_shapes[i] for i in _CONVOLUTIONS[event.name])
         return convolution_kind(image, weight)

@@ -52,6 +52,8 @@ def _built_in(module: nn.Module) -> Sequence[nn.Module]:
         return _attention(shapes)
     if {"conv_match.0.weight", "conv_match_L_base.0.weight", "conv_assembly.0.weight"} <= shapes.keys():
         return _pyramid_attention(module, shapes)
+    if {"conv_du.0.weight", "conv_du.2.weight"} <= shapes.keys():
+        return _channel_gate(shapes)
     return _channel_norm(module, shapes)
 
 
@@ -109,6 +111,14 @@ def _within(path: str, module: nn.Module) -> nn.Module:
     for name in reversed(path.split(".") if path else ()):
         module = nn.Sequential(OrderedDict({name: module}))
     return module
+
+
+def _channel_gate(shapes: Mapping[str, tuple[int, ...]]) -> Sequence[nn.Module]:
+    hidden, dim = shapes["conv_du.0.weight"][:2]
+    replacement = ours.ChannelGate(dim, dim // hidden, "conv_du.0.bias" in shapes)
+    if parameter_shapes(replacement) != shapes:
+        raise ValueError(f"its parameters are not those of ChannelGate: {', '.join(shapes)}")
+    return (replacement,)
 
 
 def _attention(shapes: Mapping[str, tuple[int, ...]]) -> Sequence[nn.Module]:

@@ -1,4 +1,4 @@
-"""The convolutional blocks of association learning: channel attention, separable convolutions, fusion.
+"""The convolutional blocks of association learning: separable convolutions, channel attention, fusion.
 
 Source: arXiv 2311.05147. Submodules carry the names of ELF's checkpoints (``CA.conv_du``, ...).
 """
@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from restore_kernels.nn import DenseConv2d, DepthwiseConv2d, PointwiseConv2d
+from restore_kernels.nn import ChannelGate, DenseConv2d, DepthwiseConv2d, PointwiseConv2d
 
 
 @dataclass(frozen=True)
@@ -37,23 +36,9 @@ class ConvOptions:
             return DenseConv2d(inputs, outputs, bias=self.bias)
         return nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2, bias=self.bias)
 
-
-class ChannelGate(nn.Module):
-    """CA: every channel times a number in (0, 1) computed from the average of every channel.
-
-    Shape: (B, dim, H, W) -> (B, dim, H, W).
-    """
-
-    def __init__(self, options: ConvOptions) -> None:
-        super().__init__()
-        dim, hidden = options.dim, options.dim // options.reduction
-        self.conv_du = nn.Sequential(
-            PointwiseConv2d(dim, hidden, bias=options.bias), nn.ReLU(),
-            PointwiseConv2d(hidden, dim, bias=options.bias), nn.Sigmoid(),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.conv_du(F.adaptive_avg_pool2d(x, 1))
+    def gate(self) -> ChannelGate:
+        """CA: channel attention."""
+        return ChannelGate(self.dim, self.reduction, self.bias)
 
 
 class SeparableConv(nn.Module):
@@ -80,10 +65,10 @@ class FuseTwo(nn.Module):
     def __init__(self, options: ConvOptions) -> None:
         super().__init__()
         self.DSC = SeparableConv(2 * options.dim, options.dim)
-        self.CA_fea = ChannelGate(options)
+        self.CA_fea = options.gate()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.CA_fea(self.DSC(a, b)) + a
+        return self.CA_fea(self.DSC(a, b), a)
 
 
 class FuseFour(nn.Module):
@@ -97,13 +82,13 @@ class FuseFour(nn.Module):
         self.DSC1 = SeparableConv(2 * options.dim, options.dim)
         self.DSC2 = SeparableConv(2 * options.dim, options.dim)
         self.DSC3 = SeparableConv(2 * options.dim, options.dim)
-        self.CA_fea = ChannelGate(options)
+        self.CA_fea = options.gate()
 
     def forward(self, first: Tensor, second: Tensor, third: Tensor, fourth: Tensor) -> Tensor:
         x = self.DSC1(third, fourth)
         x = self.DSC2(second, x)
         x = self.DSC3(first, x)
-        return self.CA_fea(x) + x
+        return self.CA_fea(x, x)
 
 
 class GatedConvs(nn.Module):
@@ -119,11 +104,11 @@ class GatedConvs(nn.Module):
     def __init__(self, options: ConvOptions, activation: nn.Module) -> None:
         super().__init__()
         dim = options.dim
-        self.CA = ChannelGate(options)
+        self.CA = options.gate()
         self.body = nn.Sequential(options.conv(dim, dim), activation, options.conv(dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.CA(self.body(x)) + x
+        return self.CA(self.body(x), x)
 
 
 class GatedSeparableConvs(nn.Module):
@@ -135,7 +120,7 @@ class GatedSeparableConvs(nn.Module):
     def __init__(self, options: ConvOptions, activation: nn.Module) -> None:
         super().__init__()
         dim = options.dim
-        self.CA = ChannelGate(options)
+        self.CA = options.gate()
         self.body = nn.Sequential(SeparableConv(dim, dim), activation, SeparableConv(dim, dim))
         self.S2FB2 = FuseTwo(options)
 
