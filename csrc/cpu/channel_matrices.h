@@ -10,9 +10,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
-#include "channel_attention.h"
 #include "tile_gemm.h"
 #include "tile_io.h"
 #include "token_rows.h"
@@ -21,6 +21,9 @@
 namespace restore_kernels {
 inline namespace CPU_CAPABILITY {
 namespace channel {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 // What every pass needs to know of a call.
 template <typename T>
