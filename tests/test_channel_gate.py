@@ -22,6 +22,7 @@ from conformance import (
 SIZES = [
     ((1, 1, 1, 1), 1), ((1, 5, 1, 1), 2), ((2, 1, 3, 4), 3), ((1, 16, 1, 70), 4), ((1, 17, 33, 1), 1),
     ((3, 48, 5, 7), 12), ((1, 97, 6, 8), 24), ((2, 254, 4, 4), 63), ((1, 48, 32, 33), 3), ((70, 4, 2, 3), 2),
+    ((1, 3, 46, 90), 1),
 ]  # fmt: skip
 
 
@@ -61,12 +62,12 @@ def test_backend_runs_here(backend):
     check_runs(EXPLANATION, backend)
 
 
-@each(sizes(), interpreted=20)
+@each(sizes(), interpreted=16)
 def test_sizes(backend, case):
     assert_conforms(build(case), backend)
 
 
-@each(memory_layouts(), interpreted=20)
+@each(memory_layouts(), interpreted=16)
 def test_memory_layouts(backend, case):
     assert_conforms(build(case), backend)
 

@@ -77,9 +77,13 @@ class _Division:
     @classmethod
     def of(cls, x: Tensor) -> _Division:
         batch, channels, height, width = x.shape
-        pixel_major = x.stride(1) == 1 and x.stride(3) > 1
-        block_c = min(triton.next_power_of_2(channels), PIXEL_MAJOR_CHANNELS) if pixel_major else 1
-        block_n = min(TILE // block_c, max(16, triton.next_power_of_2(height * width)))
+        block_c, block_n = (triton.next_power_of_2(size) for size in (channels, height * width))
+        if x.stride(1) == 1 and x.stride(3) > 1:
+            block_c = min(block_c, PIXEL_MAJOR_CHANNELS)
+            block_n = min(block_n, TILE // block_c)
+        else:
+            block_n = min(block_n, TILE)
+            block_c = min(block_c, TILE // block_n)
         blocks = triton.cdiv(height * width, block_n)
         run, runs = split(blocks, batch * triton.cdiv(channels, block_c), x.device)
         return cls(runs, run, block_c, block_n)
