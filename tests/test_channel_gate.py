@@ -67,6 +67,14 @@ def test_sizes(backend, case):
     assert_conforms(build(case), backend)
 
 
+@each(
+    [Case((2, 2, 40, 110), 1, arrangement=place) for place in ("contiguous", "channels_last")], interpreted=2
+)
+def test_images_in_several_runs(backend, case):
+    """More than four blocks of pixels: partial sums of the same channel are added up."""
+    assert_conforms(build(case), backend)
+
+
 @each(memory_layouts(), interpreted=16)
 def test_memory_layouts(backend, case):
     assert_conforms(build(case), backend)

@@ -65,7 +65,14 @@ def test_averages_in_bfloat16(model):
 
 
 def test_gradients_of_one_image(model):
-    model("backward", changed_output(1, lambda x: x / 2))
+    def of_one(f):
+        def backward(grad_out, x, down, up, *saved):
+            one = f(grad_out[:1], x[:1], down, up, *(tensor[:1] for tensor in saved))
+            return f(grad_out, x, down, up, *saved)[0], *one[1:]
+
+        return backward
+
+    model("backward", of_one)
     assert_caught(build(CASE), "grad_down: largest error")
 
 

@@ -215,9 +215,10 @@ struct ChannelGate : torch::autograd::Function<ChannelGate> {
       return op.call(grad_out[0], saved[0], down.to(type), up.to(type), mean, saved[6], saved[7]);
     }();
     const auto like = [](const Tensor& grad, const Tensor& x) { return x.defined() ? grad.to(x.scalar_type()) : Tensor(); };
-    const Tensor of_residual = ctx->saved_data["has_residual"].toBool() ? grad_out[0] : Tensor();
-    return once("channel_gate", {of_x, like(of_down, down), like(of_up, up), like(of_down_bias, saved[3]),
-                                 like(of_up_bias, saved[4]), of_residual});
+    auto grads = once("channel_gate", {of_x, like(of_down, down), like(of_up, up), like(of_down_bias, saved[3]),
+                                       like(of_up_bias, saved[4])});
+    grads.push_back(ctx->saved_data["has_residual"].toBool() ? grad_out[0] : Tensor());
+    return grads;
   }
 };
 

@@ -2,10 +2,10 @@
 //
 // Schedule, with the pixels of all images cut into chunks that threads own.
 //   forward   1. chunks: the sums of every channel. Reads x.
-//             2. images: down, rectifier, up, sigmoid: the gate.
+//             2. one image after the other: down, rectifier, up, sigmoid: the gate.
 //             3. chunks: x * gate + residual. Reads both, writes out.
 //   backward  1. chunks: the sums of grad_out * x of every channel. Reads both.
-//             2. images: back through the gate to the averages.
+//             2. one image after the other: back through the gate to the averages.
 //             3. chunks: grad_out * gate + the averages' share. Reads grad_out, writes grad_x.
 // Bound: memory, 4 tensors forward with a residual and 4 backward; step 2 takes 2 C R operations per image and pass.
 // Sums are per chunk and image, not per thread, so results do not depend on the number of threads.
@@ -27,6 +27,8 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
+// Rows as long as that, for they lie far apart. An image of 48 channels and 32x32 pixels is one task: a second thread
+// takes as long to start as it would save.
 constexpr int64_t kTileElements = 49152;
 
 // Tiles of one of the images, rows of pixels or, pixel-major, pixels of rows; packed where they cannot be read in place.
@@ -67,17 +69,19 @@ void sum_pixels(const Tensor& x, const Tensor* factor, T* sums) {
   Scratch<T> partials(pixels.tasks() * C);
   at::parallel_for(0, pixels.tasks(), 1, [&](int64_t begin, int64_t end) {
     const Tiles<S, T> of_x(x, pixel_major, pixels.tile()), of_factor(factor ? *factor : x, pixel_major, pixels.tile());
+    const Scratch<T> of_tile(C);  // long sums are sums of short ones, which round less
     for (int64_t task = begin; task < end; ++task) {
-      T* own = partials.get() + task * C;
+      T *own = partials.get() + task * C, *tile = of_tile.get();
       std::fill_n(own, C, T(0));
       pixels.tiles(task, [&](int64_t index, int64_t n, int64_t count, int64_t) {
+        if (pixel_major) std::fill_n(tile, C, T(0));
         const auto a = of_x.read(pixels, index, n, count), b = factor ? of_factor.read(pixels, index, n, count) : a;
         for (int64_t i = 0; i < (pixel_major ? count : C); ++i) {
           const T *left = a.data + i * a.row, *right = b.data + i * b.row;
           if (pixel_major && factor) {
-            for (int64_t c = 0; c < C; ++c) own[c] += left[c] * right[c];
+            for (int64_t c = 0; c < C; ++c) tile[c] += left[c] * right[c];
           } else if (pixel_major) {
-            for (int64_t c = 0; c < C; ++c) own[c] += left[c];
+            for (int64_t c = 0; c < C; ++c) tile[c] += left[c];
           } else {
             T sum = 0;
             if (factor) {
@@ -87,9 +91,10 @@ void sum_pixels(const Tensor& x, const Tensor* factor, T* sums) {
 #pragma omp simd reduction(+ : sum)
               for (int64_t j = 0; j < count; ++j) sum += left[j];
             }
-            own[i] += sum;
+            tile[i] = sum;
           }
         }
+        for (int64_t c = 0; c < C; ++c) own[c] += tile[c];
       });
     }
   });
@@ -101,7 +106,7 @@ void sum_pixels(const Tensor& x, const Tensor* factor, T* sums) {
   }
 }
 
-// x * factors + residual + shifts, with factors and shifts (B, C); residual and shifts may be missing.
+// x * factors, plus a residual or, without one, shifts, which may be missing too; factors and shifts are (B, C).
 template <typename S, typename T>
 Tensor scale_pixels(const Tensor& x, const Tensor& like, const T* factors, const OptionalTensor& residual, const T* shifts) {
   const int64_t C = x.size(1);
@@ -123,14 +128,15 @@ Tensor scale_pixels(const Tensor& x, const Tensor& like, const T* factors, const
           for (int64_t i = 0; i < (pixel_major ? count : C); ++i) {
             const T *row = source.data + i * source.row, *other = added.data + i * added.row;
             T* result = target.data + i * target.row;
+            const T own_factor = factor[pixel_major ? 0 : i], own_shift = shift[pixel_major ? 0 : i];
             if (pixel_major && residual)
               for (int64_t c = 0; c < C; ++c) result[c] = row[c] * factor[c] + other[c];
             else if (pixel_major)
               for (int64_t c = 0; c < C; ++c) result[c] = row[c] * factor[c] + shift[c];
             else if (residual)
-              for (int64_t j = 0; j < count; ++j) result[j] = row[j] * factor[i] + other[j];
+              for (int64_t j = 0; j < count; ++j) result[j] = row[j] * own_factor + other[j];
             else
-              for (int64_t j = 0; j < count; ++j) result[j] = row[j] * factor[i] + shift[i];
+              for (int64_t j = 0; j < count; ++j) result[j] = row[j] * own_factor + own_shift;
           }
         });
       });

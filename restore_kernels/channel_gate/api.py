@@ -32,7 +32,7 @@ def channel_gate(
         down_bias: (R,), the same, or None.
         up_bias: (C,), the same, or None.
         residual: like x, or None for nothing added.
-        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``; or several of them, best first.
+        backend: ``auto``, ``eager``, ``cpu`` or ``triton``; or several of them, best first.
 
     Returns:
         (B, C, H, W) in x's dtype, under autocast too, channels_last where x is. Averages, gates and

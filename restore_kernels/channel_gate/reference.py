@@ -27,4 +27,4 @@ def channel_gate(
     gate = F.linear(hidden, up.to(dtype).flatten(1), wide(up_bias)).sigmoid()
     out = image * gate[:, :, None, None]
     out = out if residual is None else out + residual.to(dtype)
-    return out.to(x.dtype).contiguous(memory_format=memory_format(x))
+    return out.to(x.dtype, memory_format=memory_format(x))

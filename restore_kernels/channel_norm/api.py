@@ -30,7 +30,7 @@ def channel_norm(
         weight: (C,), on x's device, of any of these dtypes.
         bias: (C,), the same, or None, which also leaves the mean in.
         eps: added to the variance.
-        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``; or several of them, best first.
+        backend: ``auto``, ``eager``, ``cpu`` or ``triton``; or several of them, best first.
 
     Returns:
         (B, C, H, W) in x's dtype, under autocast too, channels_last where x is. Statistics and arithmetic

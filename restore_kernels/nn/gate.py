@@ -19,9 +19,10 @@ class ChannelGate(nn.Module):
         reduction: the averages pass through dim // reduction channels.
         bias: whether the two convolutions of size 1 have one.
 
-    Called with the image and optionally with a residual like it, which is added to the result.
+    Called with the image and optionally with a residual of its shape, which is added to the result.
 
-    Shape: (B, dim, H, W) -> (B, dim, H, W), in the dtype and memory format of the image.
+    Shape: (B, dim, H, W) -> (B, dim, H, W), in the memory format of the image and in its dtype, or in that of
+    a residual that is wider.
     """
 
     def __init__(self, dim: int, reduction: int = 16, bias: bool = True) -> None:
@@ -36,6 +37,10 @@ class ChannelGate(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         check_image("x", x, self.dim)
+        if residual is not None and residual.shape != x.shape:
+            raise ValueError(
+                f"residual must have the shape of x {tuple(x.shape)}; got {tuple(residual.shape)}"
+            )
         down, _, up, _ = self.conv_du
         assert isinstance(down, nn.Conv2d) and isinstance(up, nn.Conv2d)
         parameters = (down.weight, up.weight, down.bias, up.bias)

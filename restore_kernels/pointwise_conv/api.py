@@ -31,7 +31,7 @@ def pointwise_conv2d(
         weight: (C_out, C, 1, 1), or one per image of the batch, (B, C_out, C, 1, 1), with C the channels of
             all images of x together; same dtype and device as x.
         bias: (C_out), or None.
-        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``; or several of them, best first.
+        backend: ``auto``, ``eager``, ``cpu`` or ``triton``; or several of them, best first.
 
     Returns:
         (B, C_out, H, W), channels_last where the first image of x is.

@@ -15,19 +15,16 @@ from torch import Tensor
 
 from restore_kernels.pointwise_conv.triton_kernels import projection_kernel, weight_product_kernel
 from restore_kernels.tensors import empty_image
-from restore_kernels.triton_common.launching import NO_SPILLS, block, launch, on_device, precision, split
-
-
-def _is_whole(x: Tensor) -> bool:
-    """Whether one stride leads from pixel to pixel through the whole image."""
-    height, width = x.shape[2:]
-    return width == 1 or height == 1 or x.stride(2) == width * x.stride(3)
-
-
-def _strides(x: Tensor, whole: bool) -> tuple[int, ...]:
-    """Of batch, channel, row and pixel; where the image is whole its last one leads through all of it."""
-    batch, channel, row, pixel = x.stride()
-    return batch, channel, row, row if whole and x.shape[3] == 1 else pixel
+from restore_kernels.triton_common.launching import (
+    NO_SPILLS,
+    block,
+    image_strides,
+    is_whole,
+    launch,
+    on_device,
+    precision,
+    split,
+)
 
 
 def _weight_strides(weight: Tensor) -> tuple[int, int, int]:
@@ -46,12 +43,12 @@ def _project(
 ) -> None:  # fmt: skip
     batch, outputs, height, width = out.shape
     channels = tuple(image.shape[1] for image in images)
-    whole = all(map(_is_whole, (*images, out)))
+    whole = all(map(is_whole, (*images, out)))
     block_r, block_k, block_n = block(outputs, 64), block(max(channels), 32), block(height * width, 128)
     programs = batch * triton.cdiv(outputs, block_r) * triton.cdiv(height * width, block_n)
     launch(
         projection_kernel, programs, tuple(images), weight, bias, out,
-        tuple(_strides(image, whole) for image in images), weight_stride, _strides(out, whole),
+        tuple(image_strides(image, whole) for image in images), weight_stride, image_strides(out, whole),
         channels, outputs, width, height * width,
         INPUTS=len(images), WHOLE=whole, PRECISION=precision(out.dtype, sum(channels)),
         BLOCK_R=block_r, BLOCK_K=block_k, BLOCK_N=block_n, num_warps=_warps(out.dtype), **NO_SPILLS,
@@ -106,12 +103,13 @@ def _parameter_gradients(
     sums = torch.empty(of_sums, dtype=torch.float32, device=grad_out.device) if of_bias else None
     first = 0
     for i, image in enumerate(x):
-        whole = _is_whole(grad_out) and _is_whole(image)
+        whole = is_whole(grad_out) and is_whole(image)
         tiles_of_image = triton.cdiv(outputs, block_r) * triton.cdiv(image.shape[1], block_c)
         of_image = shares.narrow(-1, first, image.shape[1])
         launch(
             weight_product_kernel, weights * splits * tiles_of_image, grad_out, image, of_image,
-            sums if i == 0 else None, _strides(grad_out, whole), _strides(image, whole), of_image.stride(),
+            sums if i == 0 else None,
+            image_strides(grad_out, whole), image_strides(image, whole), of_image.stride(),
             None if sums is None else sums.stride(), outputs, image.shape[1], width, pixels,
             tiles, splits, tiles_per_split,
             WHOLE=whole, PRECISION=precision(weight.dtype, pixels),

@@ -60,6 +60,18 @@ def block(size: int, largest: int) -> int:
     return min(max(16, triton.next_power_of_2(size)), largest)
 
 
+def is_whole(x: Tensor) -> bool:
+    """Whether one stride leads from pixel to pixel through the whole image."""
+    height, width = x.shape[2:]
+    return width == 1 or height == 1 or x.stride(2) == width * x.stride(3)
+
+
+def image_strides(x: Tensor, whole: bool) -> tuple[int, ...]:
+    """Of batch, channel, row and pixel; where the image is whole its last one leads through all of it."""
+    batch, channel, row, pixel = x.stride()
+    return batch, channel, row, row if whole and x.shape[3] == 1 else pixel
+
+
 def operand(dtype: torch.dtype, length: int) -> torch.dtype:
     """dtype of the small matrices that multiply rows of this length and dtype."""
     return torch.float32 if length < SHORT else dtype

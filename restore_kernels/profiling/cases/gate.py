@@ -44,7 +44,15 @@ class GateCase(BenchmarkCase):
 
     @property
     def small(self) -> GateCase:
-        return replace(self, shape=(1, 4, 8, 8))
+        return replace(self, shape=(1, 4, 8, 8), reduction=min(self.reduction, 4))
+
+    def check(self) -> None:
+        super().check()
+        if not 1 <= self.reduction <= self.shape[1]:
+            raise ValueError(
+                f"reduction must be between 1 and {self.shape[1]}, the channels of the shape; "
+                f"got {self.reduction}, nearest is {min(max(self.reduction, 1), self.shape[1])}"
+            )
 
     def inputs(self, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
         generator = torch.Generator().manual_seed(seed)
