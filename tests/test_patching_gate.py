@@ -38,10 +38,18 @@ class Residual(nn.Module):
         return self.attention(x) + x
 
 
-@pytest.mark.parametrize("module", [CALayer(16, 1), CALayer(16, 4, bias=False), Residual()], ids=type)
-def test_calayers_are_swapped(module):
+MADE = {
+    "of one number": lambda: CALayer(16, 1),
+    "without bias": lambda: CALayer(16, 4, bias=False),
+    "inside": Residual,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_calayers_are_swapped(make):
     torch.manual_seed(0)
-    x, before, keys = torch.randn(2, 16, 5, 6), nn.Sequential(module), list(module.state_dict())
+    module, x = make(), torch.randn(2, 16, 5, 6)
+    before, keys = nn.Sequential(module), list(module.state_dict())
     expected = before(x)
     patched = patch(before)
     assert [swap.new for swap in patched.replaced if swap.new is not PointwiseConv2d] == [ChannelGate]
@@ -52,15 +60,34 @@ def test_calayers_are_swapped(module):
     assert torch.equal(before(x), expected)
 
 
+class Leaky(CALayer):
+    def __init__(self) -> None:
+        super().__init__(16, 1)
+        self.conv_du[1] = nn.LeakyReLU()
+
+
+class Halved(CALayer):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+class WithAMask(CALayer):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x) if mask is None else super().forward(x) * mask
+
+
 @pytest.mark.parametrize(
-    ("module", "reason"),
+    ("make", "reason"),
     [
-        (CALayer(16, 7), "its parameters are not those of ChannelGate"),
-        (CALayer(16, 4, last=nn.Softsign), "its output differs by"),
+        (lambda: CALayer(16, 7), "its parameters are not those of ChannelGate"),
+        (lambda: CALayer(16, 4, last=nn.Softsign), "its conv_du must be Conv2d, ReLU, Conv2d, Sigmoid; got"),
+        (Leaky, "its conv_du must be Conv2d, ReLU, Conv2d, Sigmoid; got"),
+        (lambda: Halved(16, 4), "its output differs by"),
+        (lambda: WithAMask(16, 4), "its forward pass takes x, mask"),
     ],
-    ids=["no whole reduction", "another gate"],
+    ids=["no whole reduction", "another gate", "another rectifier", "halved", "with a mask"],
 )
-def test_near_misses_are_named(module, reason):
-    patched = patch(nn.Sequential(module))
+def test_near_misses_are_named(make, reason):
+    patched = patch(nn.Sequential(make()))
     assert ChannelGate not in [swap.new for swap in patched.replaced]
     assert any(reason in skipped.reason for skipped in patched.skipped)

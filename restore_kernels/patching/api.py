@@ -102,9 +102,9 @@ def patch(model: nn.Module, rules: Mapping[type[nn.Module], Rule | None] | None 
 
     Swapped are ``nn.Conv2d`` that are depthwise, of size 1, or of size 3 and in one group; layer
     normalisations of images over their channels, whatever their class, with parameters ``weight`` or
-    ``weight`` and ``bias``, their own or those of the module within; and attention modules with the
-    parameters of ``TopKSparseAttention``, ``MultiDconvAttention``, ``MultiInputAttention`` or
-    ``PyramidAttention`` of ``restore_kernels.nn``.
+    ``weight`` and ``bias``, their own or those of the module within; squeeze and excitation, and attention
+    modules, with the parameters of ``ChannelGate``, ``TopKSparseAttention``, ``MultiDconvAttention``,
+    ``MultiInputAttention`` or ``PyramidAttention`` of ``restore_kernels.nn``.
 
     A replacement is taken only if it computes what the module computes: the results and all gradients are
     compared on small random images with random parameters, in training and in evaluation mode, in float64
@@ -112,8 +112,8 @@ def patch(model: nn.Module, rules: Mapping[type[nn.Module], Rule | None] | None 
 
     While swapped, a module's class and methods are those of its replacement, which counts where optimizers or
     initialisers tell modules by ``isinstance``, and it has no second derivative but with ``backend="eager"``.
-    Hooks run as before; those registered later on ``project_out`` of an attention do not, for the replacement
-    computes that product itself. Undo before ``torch.jit`` or ONNX export.
+    Hooks run as before; those registered later on ``project_out`` of an attention or on parts of a gate do
+    not, for the replacement computes these itself. Undo before ``torch.jit`` or ONNX export.
 
     Args:
         model: any module; what DDP or ``torch.compile`` has wrapped is found inside.

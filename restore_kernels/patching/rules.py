@@ -53,7 +53,7 @@ def _built_in(module: nn.Module) -> Sequence[nn.Module]:
     if {"conv_match.0.weight", "conv_match_L_base.0.weight", "conv_assembly.0.weight"} <= shapes.keys():
         return _pyramid_attention(module, shapes)
     if {"conv_du.0.weight", "conv_du.2.weight"} <= shapes.keys():
-        return _channel_gate(shapes)
+        return _channel_gate(module, shapes)
     return _channel_norm(module, shapes)
 
 
@@ -113,7 +113,12 @@ def _within(path: str, module: nn.Module) -> nn.Module:
     return module
 
 
-def _channel_gate(shapes: Mapping[str, tuple[int, ...]]) -> Sequence[nn.Module]:
+def _channel_gate(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Sequence[nn.Module]:
+    parts = list(module.get_submodule("conv_du").children())
+    kinds = (nn.Conv2d, nn.ReLU, nn.Conv2d, nn.Sigmoid)
+    # Another rectifier may differ where the trial's random numbers do not reach.
+    if len(parts) != len(kinds) or not all(map(isinstance, parts, kinds)):
+        raise ValueError(f"its conv_du must be {', '.join(kind.__name__ for kind in kinds)}; got {parts}")
     hidden, dim = shapes["conv_du.0.weight"][:2]
     replacement = ours.ChannelGate(dim, dim // hidden, "conv_du.0.bias" in shapes)
     if parameter_shapes(replacement) != shapes:

@@ -138,7 +138,8 @@ def try_out(module: nn.Module, replacement: nn.Module) -> set[str]:
         if getattr(type(module), method) is not getattr(type(replacement), method):
             raise Refused(f"its class has its own {method}")
     positional, required = _arguments(module)
-    if len(positional) > len(_arguments(replacement)[0]):
+    optional = slice(len(required), len(positional))  # not tried: they must mean the same by their names
+    if positional[optional] != _arguments(replacement)[0][optional]:
         raise Refused(f"its forward pass takes {', '.join(positional)}")
     channels = _channels(replacement)
     with _isolated():
