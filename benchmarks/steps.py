@@ -22,6 +22,7 @@ from restore_kernels.profiling.results import file_name
 from restore_nets import figures
 from restore_nets.attribution import OUTSIDE
 from restore_nets.files import write_text
+from restore_nets.kernel_checks import FIRST_MULTIPLE, NOISE_MULTIPLE
 from restore_nets.loss_curves import STEPS as CURVE_STEPS
 from restore_nets.loss_curves import LossCurves, loss_curves
 from restore_nets.models import list_models
@@ -74,7 +75,12 @@ Before it is timed, the loss and the gradient of every alternative are held to t
 float32 to a multiple of what moving the weights by one rounding does to them, in bf16 to twice what bf16 does
 to them in eager PyTorch. The losses are those of {CURVE_STEPS} steps, a whole schedule, on crops of photos of
 {CURVE_SIZE}x{CURVE_SIZE}, from one seed. "By rounding" is what moving every weight of eager PyTorch by one
-unit in the last place before every step does."""
+unit in the last place before every step does, the most that it does in several runs. Ours "follows" where it
+parts from eager PyTorch after at least half as many steps, or at the first by at most
+{FIRST_MULTIPLE:g} times what rounding does to the first loss, and later by at most {NOISE_MULTIPLE:g}
+times as much.
+The learning rate is 1e-3 after a warm-up of one step, far above that of published trainings: these steps
+compare implementations, they train nothing."""
 
 
 def measure(steps: list[Step], ways: tuple[str, ...]) -> Path:

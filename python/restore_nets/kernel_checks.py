@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ AGREE = 8 * torch.finfo(torch.float32).eps
 EAGER_RUNS = 3  # one as it is, the others with rounding errors added
 PARTING_SHARE = 0.5
 NOISE_MULTIPLE = 10.0
+FIRST_MULTIPLE = 2.0  # at the first step, where nothing has grown yet
 
 
 @dataclass(frozen=True)
@@ -26,24 +27,25 @@ class Agreement:
 
     Args:
         differences: of the two losses of each step, relative to eager's.
-        noise: such differences of eager runs to which rounding errors were added, one list per run; of some
-            runs the first step alone.
+        noise: such differences of eager runs to which rounding errors were added, one list per run.
         eager: eager's losses.
+        first_noise: such differences of the first step alone, of further runs.
     """
 
     differences: list[float]
     noise: list[list[float]]
     eager: list[float]
+    first_noise: list[float] = field(default_factory=list)
 
     @property
     def agreeing_steps(self) -> int:
         """Steps from the first on in which the losses agree."""
-        return self._agreeing(self.differences)
+        return _agreeing_steps(self.differences)
 
     @property
     def noise_agreeing_steps(self) -> int:
         """The same for rounding errors alone, at the least."""
-        return min(map(self._agreeing, self.noise))
+        return min(map(_agreeing_steps, self.noise))
 
     @property
     def largest_noise(self) -> float:
@@ -51,13 +53,16 @@ class Agreement:
 
     @property
     def passed(self) -> bool:
-        in_time = self.agreeing_steps >= PARTING_SHARE * self.noise_agreeing_steps
+        if self.agreeing_steps:
+            in_time = self.agreeing_steps >= PARTING_SHARE * self.noise_agreeing_steps
+        else:
+            first = max([run[0] for run in self.noise] + self.first_noise)
+            in_time = self.differences[0] <= FIRST_MULTIPLE * first
         return in_time and max(self.differences) <= NOISE_MULTIPLE * self.largest_noise
 
-    def _agreeing(self, differences: list[float]) -> int:
-        """The step at which a run parts from eager; where it does not, the number of all steps."""
-        parts = (step for step, difference in enumerate(differences) if difference > AGREE)
-        return next(parts, len(self.eager))
+
+def _agreeing_steps(differences: list[float]) -> int:
+    return next((step for step, difference in enumerate(differences) if difference > AGREE), len(differences))
 
 
 def follow_losses(
@@ -75,9 +80,9 @@ def follow_losses(
         losses: of the first steps of the run.
         make_trainer: the same run, not yet begun.
         on_step: called after each of the ``EAGER_RUNS * len(losses) + first_steps`` steps.
-        first_steps: so many eager runs of one step beside, with rounding errors added. Where two scores of a
+        first_steps: so many eager runs of one step beside, with rounding errors. Where two scores of a
             sparse attention lie as near to each other as rounding does, which one is kept is luck from the
-            first step on, and two runs need not show it.
+            first step on, and two runs need not show it. They say by how much the first losses may differ.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -94,9 +99,13 @@ def follow_losses(
 
     with restore_kernels.use_backend("eager"):
         eager = run(lambda model: None)
-        lengths = [len(losses)] * (EAGER_RUNS - 1) + [1] * first_steps
-        noisy = [run(lambda model: _nudge(model, generator), steps) for steps in lengths]
-    return Agreement(_differences(losses, eager), [_differences(x, eager) for x in noisy], eager)
+
+        def noisy(runs: int, steps: int) -> list[list[float]]:
+            nudged = (run(lambda model: _nudge(model, generator), steps) for _ in range(runs))
+            return [_differences(x, eager[:steps]) for x in nudged]
+
+        noise, first = noisy(EAGER_RUNS - 1, len(losses)), noisy(first_steps, 1)
+    return Agreement(_differences(losses, eager), noise, eager, [x[0] for x in first])
 
 
 def _nudge(model: nn.Module, generator: torch.Generator) -> None:
@@ -108,5 +117,4 @@ def _nudge(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def _differences(losses: list[float], reference: list[float]) -> list[float]:
-    """Of the steps that both runs took."""
-    return [abs(a - b) / b for a, b in zip(losses, reference, strict=False)]
+    return [abs(a - b) / b for a, b in zip(losses, reference, strict=True)]
