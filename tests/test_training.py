@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -370,6 +371,31 @@ def test_wrong_recipe_is_one_line_that_names_the_key(recipe_file, changes, messa
         load_recipe(path)
     assert str(error.value).startswith(str(path))
     assert "\n" not in str(error.value)
+
+
+def test_recipe_starts_from_a_checkpoint(recipe_file, tmp_path):
+    torch.manual_seed(7)
+    trained = create_model(**TINY)
+    torch.save({"params": trained.state_dict()}, tmp_path / "published.pth")
+    recipe = load_recipe(
+        recipe_file(weights=str(tmp_path / "published.pth"), steps="1", learning_rate="1e-12")
+    )
+    weights = run_recipe(recipe, False, Silent())
+    for name, x in load_model(weights).state_dict().items():
+        torch.testing.assert_close(x, trained.state_dict()[name], rtol=0, atol=1e-9)
+    run_recipe(recipe, True, Silent())  # which takes the run's own checkpoint
+    with pytest.raises(ValueError, match="was trained with weights = "):
+        run_recipe(replace(recipe, weights=None), True, Silent())
+
+
+def test_recipe_says_what_of_a_checkpoint_does_not_fit(recipe_file, tmp_path):
+    torch.save(create_model(**{**TINY, "dim": 8}).state_dict(), tmp_path / "other.pth")
+    recipe = load_recipe(recipe_file(weights=str(tmp_path / "other.pth")))
+    with pytest.raises(ValueError, match=r"other.pth does not fit DDSANet"):
+        run_recipe(recipe, False, Silent())
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FileNotFoundError):
+        run_recipe(replace(recipe, weights=str(tmp_path / "none.pth")), False, Silent())
 
 
 def test_recipe_run_can_be_resumed_after_a_crash(recipe_file, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The command line: restore-nets demo, train, restore, profile, models.
+"""The command line: restore-nets demo, train, restore, evaluate, profile, models.
 
 Modules that load PyTorch are imported by the commands that need them, so that --help is quick.
 """
@@ -116,7 +116,8 @@ def train(
     """Train a network by a recipe.
 
     A recipe has the keys model (name and options), data (photos: a folder of clean photos, or pairs:
-    a folder with input/ and target/), out and steps, and may have task (derain, demosaic,
+    a folder with input/ and target/), out and steps, and may have weights (a checkpoint of the network to
+    start from), task (derain, demosaic,
     {name: denoise, sigma: 30}, {name: jpeg, quality: 10} or {name: sr, scale: 2}), learning_rate,
     weight_decay, batch, crop, seed, precision (float32, bfloat16, or float16 on a GPU), device, workers,
     checkpoint_every and the weights of losses beside Charbonnier's of the restored image: half_weight (0.8;
@@ -203,6 +204,48 @@ def restore(
         _complain(reason if str(source) in reason else f"{source}: {reason}")
     if failures:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def evaluate(
+    restored: Annotated[Path, typer.Argument(metavar="RESTORED", help="Folder of PNG and JPEG files.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="Folder of what they should be, by the same names.")
+    ],
+    metric: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="The convention: derain (Y of YCbCr), derain-did, denoise (RGB), jpeg, sr-x2 to sr-x4.",
+        ),
+    ] = "derain",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the scores of every photo, as CSV.")
+    ] = None,
+) -> None:
+    """Score restored photos against their targets: PSNR and SSIM, by the conventions of the field."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from restore_nets import evaluation
+    from restore_nets.files import check_folder, write_text
+    from restore_nets.metrics import PRESETS
+
+    if out is not None:
+        check_folder(out)
+    console = Console()
+    with console.status("reading") as status:
+        scores = {}
+        for name, score in evaluation.evaluate(restored, target, metric):
+            scores[name] = score
+            status.update(f"{len(scores)} photos")
+    shown = Table("photo", "PSNR, dB", "SSIM")
+    for name, score in [*scores.items(), ("mean", evaluation.mean(scores))]:
+        shown.add_row(name, f"{score.psnr:.2f}", f"{score.ssim:.4f}")
+    console.print(shown)
+    console.print(f"Compared: {PRESETS[metric]}.", soft_wrap=True)
+    if out is not None:
+        write_text(out, evaluation.table(scores))
 
 
 @app.command()

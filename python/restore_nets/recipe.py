@@ -46,6 +46,7 @@ class Recipe:
         data: see ``DataRecipe``.
         out: folder for the checkpoint, the weights and the losses.
         task: a name, or ``name`` and level, as for ``create_task``: ``{name: denoise, sigma: 30}``.
+        weights: a checkpoint of the network to start from, see ``load_checkpoint``; None for random weights.
         steps, learning_rate, weight_decay, precision, device, workers, half_weight, edge_weight,
             ssim_weight: see ``TrainingConfig``.
         batch: crops per step.
@@ -59,6 +60,7 @@ class Recipe:
     out: Path
     steps: int
     task: Task = field(default_factory=lambda: create_task("derain"))
+    weights: str | None = None
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     batch: int = 8
@@ -96,7 +98,7 @@ class Recipe:
     def identity(self) -> dict[str, Any]:
         """What the result depends on besides the training config, as plain data."""
         data = {f.name: getattr(self.data, f.name) for f in fields(DataRecipe)}
-        what = {"model": self.model, "data": data, "task": self.task.config()}
+        what = {"model": self.model, "data": data, "task": self.task.config(), "weights": self.weights}
         return {**what, "batch": self.batch, "crop": self.crop, "seed": self.seed}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from restore_nets.checkpoints import save_checkpoint
+from restore_nets.checkpoints import load_checkpoint, save_checkpoint
 from restore_nets.files import write_text
 from restore_nets.models import create_model
 from restore_nets.progress import progress
@@ -32,7 +32,10 @@ def run_recipe(recipe: Recipe, resume: bool, console: Console) -> Path:
     if checkpoint.exists() and not resume:
         raise FileExistsError(f"{checkpoint} exists: resume it with --resume, or choose another out folder")
     torch.manual_seed(recipe.seed)
-    trainer = Trainer(create_model(**recipe.model), recipe.crops(), recipe.training_config())
+    model = create_model(**recipe.model)
+    if recipe.weights is not None and not resume:
+        load_checkpoint(model, recipe.weights)
+    trainer = Trainer(model, recipe.crops(), recipe.training_config())
     if resume:
         trainer.resume(checkpoint, recipe.identity())
     recipe.out.mkdir(parents=True, exist_ok=True)
