@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from restore_kernels import native
-from restore_kernels.profiling import cli, run
+from restore_kernels.profiling import cli, machine, run
 from restore_kernels.profiling.cases import OPERATORS
 from restore_kernels.topk_attention import autograd
 
@@ -198,7 +198,15 @@ def test_a_missing_library_is_said_before_anything_is_measured(missing, argument
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     assert cli.run(["topk_attention", *arguments]) == 2
     error = capsys.readouterr().err
-    assert missing in error and "pip install 'restore_kernels[profile]'" in error and error.count("\n") == 1
+    assert f"this needs {missing}: pip install {missing}" in error and error.count("\n") == 1
+
+
+def test_results_of_a_cpu_do_not_go_by_the_name_of_a_gpu_beside_it(monkeypatch):
+    monkeypatch.setattr(machine, "info", lambda: {"gpu": "A GPU", "compute_capability": "9.0"})
+    assert machine.machine("cuda")["gpu"] == "A GPU"
+    described = machine.machine("cpu")
+    assert (described["gpu"], described["compute_capability"]) == (None, None)
+    assert described["processor"] == machine.processor_name()
 
 
 def test_files_of_data_need_no_library(monkeypatch, tmp_path, capsys):

@@ -23,8 +23,7 @@ import torch
 from torch import nn
 
 import restore_kernels
-from restore_kernels.info import info
-from restore_kernels.profiling.machine import peak_extra_memory, processor_name
+from restore_kernels.profiling.machine import machine, peak_extra_memory
 from restore_kernels.profiling.measure import Timing, interleave
 from restore_nets.attribution import Breakdown, Ranges, break_down
 from restore_nets.data import synthetic_crops
@@ -230,7 +229,7 @@ def profile_step(
     result: dict[str, Any] = {
         "step": asdict(step),
         "parameters": sum(p.numel() for p in alternatives[EAGER].trainer.model.parameters()),
-        "machine": {**info(), "processor": processor_name()},
+        "machine": machine(alternatives[EAGER].trainer.device.type),
         "alternatives": {},
         "wrong": wrong,
     }

@@ -12,11 +12,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from restore_kernels.info import info
 from restore_kernels.profiling import results as files
 from restore_kernels.profiling.cases import CPU_CASES, GPU_CASES, GROWTH_CASES, OPERATORS, BenchmarkCase
 from restore_kernels.profiling.cases.case import nearest, one_of
-from restore_kernels.profiling.machine import ceilings, processor_name
+from restore_kernels.profiling.machine import ceilings, machine
 from restore_kernels.profiling.run import affordable, measure, trace
 
 CASES = {"cpu": CPU_CASES, "cuda": GPU_CASES}
@@ -65,7 +64,7 @@ def _profile(arguments: Sequence[str]) -> None:
     dtypes = args.dtype or (["bfloat16", "float32"] if args.device == "cuda" else ["float32"])
 
     results: files.Results = {
-        "machine": {**info(), "processor": processor_name()}, "ceilings": {}, "cases": [], "growth": [],
+        "machine": machine(args.device), "ceilings": {}, "cases": [], "growth": [],
     }  # fmt: skip
     for name in dtypes:  # how they grow is told by one of them
         _measure(args, results, DTYPES[name], cases, growth if name == dtypes[0] else [])
@@ -110,8 +109,8 @@ def _write(args: argparse.Namespace, results: files.Results) -> None:
     ]  # fmt: skip
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        machine = results["machine"]
-        outputs.append((args.out / files.file_name(machine["gpu"] or machine["processor"]), files.write_json))
+        own = results["machine"]
+        outputs.append((args.out / files.file_name(own["gpu"] or own["processor"]), files.write_json))
     if args.html:
         from restore_kernels.profiling.page import write_html
 
@@ -171,7 +170,7 @@ def _need_libraries(args: argparse.Namespace) -> None:
     if not args.table and not (args.json or args.csv or args.trace or args.out or args.html):
         lacking = missing("table")
     if lacking:
-        raise UsageError(f"this needs {', '.join(lacking)}: pip install 'restore_kernels[profile]'")
+        raise UsageError(f"this needs {', '.join(lacking)}: pip install {' '.join(lacking)}")
 
 
 # The options of all operators, by the name of the field that they set.

@@ -7,9 +7,11 @@ import platform
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from restore_kernels.info import info
 from restore_kernels.pointwise_conv import pointwise_conv2d
 from restore_kernels.profiling.measure import interleave
 
@@ -32,6 +34,14 @@ def ceilings(device: str, dtype: torch.dtype, seconds: float = 2.0) -> dict[str,
         "copy_bytes_per_second": 2 * source.nbytes / timings["copy"].p20,
         "flops_per_second": 2 * size**3 / min(timings[name].p20 for name in products),
     }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What results of this device are kept with: ``info()`` and the processor; a GPU only if it is meant."""
+    described = {**info(), "processor": processor_name()}
+    if torch.device(device).type != "cuda":
+        described |= {"gpu": None, "compute_capability": None}
+    return described
 
 
 def processor_name() -> str:
