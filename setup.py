@@ -40,8 +40,9 @@ def compiled_extensions():
     try:
         import torch
     except ImportError:
-        sys.exit("restore_kernels is built against PyTorch: install it first (pip install torch), "
-                 "then run: pip install --no-build-isolation -e .")  # fmt: skip
+        sys.exit("restore_kernels is built against PyTorch: install it first "
+                 "(pip install torch ninja pybind11), then run: "
+                 "pip install --no-build-isolation -e .")  # fmt: skip
     choice = os.environ.get("RESTORE_KERNELS_BUILD", "all")
     if choice not in CUDA_ARCHITECTURES:
         sys.exit(f"RESTORE_KERNELS_BUILD must be one of {', '.join(CUDA_ARCHITECTURES)}; got {choice!r}")

@@ -11,8 +11,12 @@ import torch
 from patching_models import Restorer
 from torch import Tensor, nn
 
+import restore_nets
+from restore_nets.recipe import load_recipe
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+RECIPE = re.search(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
 OTHER = (
     "create_model",
     "train_one_epoch",
@@ -54,3 +58,13 @@ def test_examples_run(example):
     exec("import restore_kernels\n" + example, names)
     if "TheirNorm" in example:
         assert type(names["model"][1]) is names["FastNorm"]
+
+
+def test_recipe_is_one(tmp_path):
+    assert RECIPE is not None
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE[1])
+    recipe = load_recipe(path)
+    assert recipe.weights == "published.pth" and recipe.learning_rate == 1e-4
+    with torch.device("meta"):
+        restore_nets.create_model(**recipe.model)

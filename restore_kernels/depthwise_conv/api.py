@@ -42,7 +42,7 @@ def depthwise_conv2d(
         activation: None, ``"relu"``, ``"gelu"`` (exact, with the error function) or ``"prelu"``.
         slope: (1) or (C_out), of ``"prelu"`` below zero.
         gate: (B, C_out, H, W) that multiplies the activated result, or None.
-        backend: ``auto``, ``eager``, ``cpu``, ``triton`` or ``cuda``; or several of them, best first.
+        backend: ``auto``, ``eager``, ``cpu`` or ``triton``; or several of them, best first.
 
     Returns:
         (B, C_out, H, W), channels_last where (the first) x is.
