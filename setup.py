@@ -1,6 +1,6 @@
 """Builds the compiled libraries wherever a compiler is; everything else is in pyproject.toml.
 
-The CPU library is compiled once per instruction set, and the right one is chosen at run time.
+The CPU library's kernels are compiled once per instruction set, and the right ones are chosen at run time.
 Without a C++ compiler the package installs as pure Python and says which backend is missing.
 
 Where nvcc is, also without a GPU and for a CPU build of PyTorch, the CUDA library is compiled on PyTorch's
@@ -25,11 +25,14 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 BUILD = ROOT / "build"
+CXX = os.environ.get("CXX", "c++")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprfchw"],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mprfchw"],
 } if X86 else {"default": []}  # fmt: skip
+# Sources of the CPU library that compute nothing: compiled once, for any processor, and linked to every set.
+WITHOUT_KERNELS = ("autograd", "calls", "result_memory")
 # By what is asked for. But for "all", those of the GPUs that are here come first.
 CUDA_ARCHITECTURES = {"all": "8.0;9.0a;10.0+PTX", "tests": "9.0a", "native": ""}
 OLDEST_NVCC = (12, 8)  # the first that knows compute capability 10.0
@@ -58,7 +61,8 @@ def compiled_extensions():
         f"_cpu_{x}": cpu_library(x) for x in INSTRUCTION_SETS if choice != "native" or x == capability
     }
     extensions = [Extension(f"restore_kernels.{name}", []) for name in libraries]
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": ninja_build(libraries.values())}}
+    parts = [cpu_objects(), *libraries.values()]
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": ninja_build(parts)}}
 
 
 def ninja_build(parts):
@@ -89,8 +93,32 @@ def ninja_build(parts):
     return NinjaBuild
 
 
+def cpu_objects():
+    """The part of the ninja file that compiles what every CPU library has in common."""
+    return objects("_cpu", cpu_sources(without_kernels=True), cpu_compiler())
+
+
 def cpu_library(name):
     """The part of the ninja file that builds the library for that instruction set."""
+    own = [
+        f"-DCPU_CAPABILITY={name.upper()}", f"-DCPU_CAPABILITY_{name.upper()}",
+        f"-DTORCH_EXTENSION_NAME=_cpu_{name}",
+        f"'-DRESTORE_KERNELS_FLAGS=\"{' '.join(INSTRUCTION_SETS[name])}\"'", *INSTRUCTION_SETS[name],
+    ]  # fmt: skip
+    common = [f"_cpu/{source.stem}.o" for source in cpu_sources(without_kernels=True)]
+    return library(
+        f"_cpu_{name}", cpu_sources(without_kernels=False), compile=f"{cpu_compiler()} {' '.join(own)}",
+        link=f"{CXX} -fopenmp", libraries="-lc10 -ltorch -ltorch_cpu -ltorch_python", common=common,
+    )  # fmt: skip
+
+
+def cpu_sources(without_kernels):
+    sources = (ROOT / "csrc/cpu").glob("*.cpp")
+    return sorted(source for source in sources if (source.stem in WITHOUT_KERNELS) == without_kernels)
+
+
+def cpu_compiler():
+    """The command, but for what an instruction set adds."""
     import torch
     from torch.utils.cpp_extension import include_paths
 
@@ -100,17 +128,10 @@ def cpu_library(name):
         # The last two: GCC 12 says it of its own AVX-512 intrinsics.
         "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-ignored-qualifiers",
         "-Wno-uninitialized", "-Wno-maybe-uninitialized",
-        f"-DCPU_CAPABILITY={name.upper()}", f"-DCPU_CAPABILITY_{name.upper()}",
-        f"-DTORCH_EXTENSION_NAME=_cpu_{name}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        f"'-DRESTORE_KERNELS_FLAGS=\"{' '.join(INSTRUCTION_SETS[name])}\"'", *INSTRUCTION_SETS[name],
         *(f"-isystem '{path}'" for path in [*include_paths(), sysconfig.get_path("include")]),
     ]  # fmt: skip
-    compiler = os.environ.get("CXX", "c++")
-    return library(
-        f"_cpu_{name}", (ROOT / "csrc/cpu").glob("*.cpp"), compile=f"{compiler} {' '.join(flags)}",
-        link=f"{compiler} -fopenmp", libraries="-lc10 -ltorch -ltorch_cpu -ltorch_python",
-    )  # fmt: skip
+    return f"{CXX} {' '.join(flags)}"
 
 
 def cuda_library(architectures):
@@ -135,23 +156,31 @@ def cuda_library(architectures):
     )  # fmt: skip
 
 
-def library(name, sources, *, compile, link, libraries, report=""):
+def library(name, sources, *, compile, link, libraries, common=(), report=""):
+    """A part of the ninja file: objects of these sources, and a library of them and of common ones."""
     from torch.utils.cpp_extension import library_paths
 
-    objects = {f"{name}/{source.stem}.o": os.path.relpath(source, BUILD) for source in sorted(sources)}
+    sources = sorted(sources)
+    own = [f"{name}/{source.stem}.o" for source in sources]
     paths = " ".join(f"-L'{path}'" for path in library_paths())
+    return objects(name, sources, compile, report) + "\n".join([
+        f"rule link{name}",
+        f"  command = {link} -shared $in {paths} {libraries} -o $out",
+        "  description = $out",
+        f"build {name}.so: link{name} {' '.join([*own, *common])}",
+        "", "",
+    ])  # fmt: skip
+
+
+def objects(name, sources, compile, report=""):
     return "\n".join([
         f"rule compile{name}",
         f"  command = {compile} -MD -MF $out.d -c $in -o $out{report}",
         "  description = $out",
         "  depfile = $out.d",
         "  deps = gcc",
-        f"rule link{name}",
-        f"  command = {link} -shared $in {paths} {libraries} -o $out",
-        "  description = $out",
-        *(f"build {target}: compile{name} {source}" for target, source in objects.items()),
-        f"build {name}.so: link{name} {' '.join(objects)}",
-        "", "",
+        *(f"build {name}/{x.stem}.o: compile{name} {os.path.relpath(x, BUILD)}" for x in sources),
+        "",
     ])  # fmt: skip
 
 
@@ -169,11 +198,7 @@ def has_nvcc():
 
 
 def has_compiler():
-    return (
-        shutil.which(os.environ.get("CXX", "c++").split()[0])
-        or shutil.which("g++")
-        or shutil.which("clang++")
-    )
+    return shutil.which(CXX.split()[0]) or shutil.which("g++") or shutil.which("clang++")
 
 
 if has_compiler():
