@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test lint bench results gpu gpu-test gpu-sanitize gpu-bench clean
+.PHONY: demo test lint bench results gpu gpu-test gpu-sanitize gpu-bench gpu-steps clean
 
 demo: $(VENV)/built
 	$(BIN)/restore-nets demo --out out/demo
@@ -27,14 +27,15 @@ results: $(VENV)/built
 	$(BIN)/restore-kernels profile --all --device cpu --threads 2 --compile --out benchmarks/results
 
 # On a machine with an NVIDIA GPU, PyTorch, Triton and pytest; no network. Nine minutes at the most, or by part:
-# make gpu PART=test|sanitize|bench. What follows a part that failed runs all the same: no wrong result gets a speed.
+# make gpu PART=test|sanitize|bench. PART=steps, training steps of the networks, takes nine minutes more, and writes
+# what it has after each network. What follows a part that failed runs all the same: no wrong result gets a speed.
 OUT ?= benchmarks/results
 PART ?= test sanitize bench
 GPU_TEST := $(GPU_PYTHON) -m pytest -p no:cacheprovider --device cuda
 GPU_SUITES := topk_attention topk_attention_ops masked_attention masked_attention_masks masked_attention_ops \
 	integration convolution_integration pyramid_attention pyramid_attention_hard pyramid_attention_ops pyramid_attention_integration \
 	channel_norm channel_norm_ops channel_gate channel_gate_ops depthwise_conv depthwise_conv_integration \
-	pointwise_conv pointwise_conv_integration cuda_channel cuda_token cuda_pyramid cuda_graphs
+	pointwise_conv pointwise_conv_integration cuda_channel cuda_token cuda_pyramid cuda_graphs step_profile_gpu
 SANITIZED := memory_layouts or keys_masked or equal_scores or out_proj49 or ways_through
 
 gpu:
@@ -55,6 +56,10 @@ gpu-sanitize:
 gpu-bench:
 	timeout 180 $(GPU_PYTHON) -m restore_kernels profile --all --device cuda --compile --seconds 1 --out $(OUT)
 	$(GPU_PYTHON) benchmarks/choices.py
+
+gpu-steps:
+	timeout 500 $(GPU_PYTHON) benchmarks/steps.py --device cuda --compile; status=$$?; \
+		[ $(OUT) = benchmarks/results ] || cp -r benchmarks/results/steps $(OUT); exit $$status
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,9 +1,10 @@
 """Measures where a training step of each network spends its time, and writes docs/training.md from it.
 
 ``python benchmarks/steps.py`` measures all steps, ``python benchmarks/steps.py elf panet:48`` those of some
-networks or of one image size, into benchmarks/results/steps/<machine>.json; both write the page. ``--table``
-only writes the page. ``--compile`` times torch.compile of eager PyTorch too: compiling takes minutes for
-every network. ``--no-bf16`` leaves out our step in bf16: judging it takes eager steps in bf16, whose grouped
+networks or of one image size, into benchmarks/results/steps/<machine>.json; both write the page. ``--device
+cuda`` measures them on a GPU, with eight images of 128x128 in bf16. ``--table`` only writes the page.
+``--compile`` times torch.compile of eager PyTorch too: compiling takes minutes for every network.
+``--no-bf16`` leaves out our step in bf16: judging it takes eager steps in bf16, whose grouped
 convolutions take minutes.
 """
 
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from restore_kernels.profiling.machine import processor_name
 from restore_kernels.profiling.results import file_name
@@ -49,6 +52,7 @@ STEPS = (
     Step("association", 128), Step("ddsa", 128), Step("drsformer", 128), Step("elf", 128),
     Step("pa_edsr", 48), Step("panet", 48), Step("panet", 96),
 )  # fmt: skip
+ON_GPU = {"size": 128, "batch": 8, "dtype": "bf16", "device": "cuda"}
 # Eager PyTorch needs gigabytes and half a minute for a step of this one.
 FEW_RUNS = {"panet 96x96": 2}
 CURVE_SIZE = 32  # of the images of the loss curves: 100 steps of every network
@@ -65,6 +69,8 @@ with `backend="eager"`; they take turns in one process. Eager PyTorch is measure
 NCHW and in channels_last: "eager" is the quicker one, "eager NCHW" is what PyTorch does by default and most
 people run. torch.compile compiles eager PyTorch, whole and for this one size. Times are medians (20th to 80th
 percentile); kinds of operators are from the quickest of three steps under torch.profiler, so a little slower.
+On a GPU (`--device cuda`) a step is of {ON_GPU["batch"]} images of {ON_GPU["size"]}x{ON_GPU["size"]} in bf16,
+and the time of an operator is that of the kernels that it starts.
 
 A kind has all that its operators call inside, and a gradient counts where the forward operator does that made
 it. Dense convolutions are 3x3; depthwise ones are 3x3 to 7x7; grouped ones have two inputs and one output
@@ -83,9 +89,15 @@ The learning rate is 1e-3 after a warm-up of one step, far above that of publish
 compare implementations, they train nothing."""
 
 
-def measure(steps: list[Step], ways: tuple[str, ...]) -> Path:
-    """Measure these of ``STEPS`` in these ways, and keep what the file has of the others."""
-    path = RESULTS / file_name(processor_name())
+def steps_on(device: str) -> tuple[Step, ...]:
+    if device == "cpu":
+        return STEPS
+    return tuple(Step(model, **{**ON_GPU, "device": device}) for model in list_models())
+
+
+def measure(steps: list[Step], ways: tuple[str, ...], device: str = "cpu") -> Path:
+    """Measure these of ``steps_on(device)`` in these ways, and keep what the file has of the others."""
+    path = RESULTS / file_name(processor_name() if device == "cpu" else torch.cuda.get_device_name(device))
     results = json.loads(path.read_text()) if path.exists() else []
     for step in steps:
 
@@ -93,9 +105,14 @@ def measure(steps: list[Step], ways: tuple[str, ...]) -> Path:
             print(f"{time.strftime('%X')} {_name(asdict(step))}: {stage}", flush=True)
 
         min_runs = FEW_RUNS.get(_name(asdict(step)), MIN_RUNS)
-        result = profile_step(step, ways, min_runs=min_runs, on_stage=say)
-        if step == next(first for first in STEPS if first.model == step.model):
-            result["losses"] = loss_curves(Step(step.model, CURVE_SIZE), on_stage=say).data()
+        try:
+            result = profile_step(step, ways, min_runs=min_runs, on_stage=say)
+        except torch.OutOfMemoryError as error:
+            say(f"not measured: {error}")
+            continue
+        if step == next(first for first in steps_on(device) if first.model == step.model):
+            curve = Step(step.model, CURVE_SIZE, device=device)
+            result["losses"] = loss_curves(curve, on_stage=say).data()
         results = [other for other in results if _name(other["step"]) != _name(result["step"])] + [result]
         results.sort(key=lambda result: (result["step"]["model"], result["step"]["size"]))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +121,9 @@ def measure(steps: list[Step], ways: tuple[str, ...]) -> Path:
 
 
 def _name(step: dict[str, Any]) -> str:
-    return f"{step['model']} {step['size']}x{step['size']}"
+    batch = f"{step['batch']}x" if step["batch"] > 1 else ""
+    dtype = f", {step['dtype']}" if step["dtype"] != "float32" else ""
+    return f"{step['model']} {batch}{step['size']}x{step['size']}{dtype}"
 
 
 def write_page() -> None:
@@ -164,7 +183,9 @@ def _step_table(results: list[dict[str, Any]]) -> list[str]:
             _ratio(rows, OURS, COMPILED), cells[OURS_BF16], _ratio(rows, OURS_BF16, OURS),
         ))  # fmt: skip
     measured = {_name(result["step"]) for result in results}
-    missing = [_name(asdict(step)) for step in STEPS if _name(asdict(step)) not in measured]
+    on_gpu = ({**asdict(STEPS[0]), **ON_GPU, "model": model} for model in list_models())
+    wanted = on_gpu if results[0]["machine"]["gpu"] else map(asdict, STEPS)
+    missing = [name for name in map(_name, wanted) if name not in measured]
     lines += [_line(name, "not measured", *[""] * (len(columns) - 2)) for name in missing]
     wrong = [
         f"- {_name(result['step'])}, {which}: {why}"
@@ -218,7 +239,7 @@ def _loss_table(results: list[dict[str, Any]]) -> list[str]:
 def _kind_table(results: list[dict[str, Any]], which: Callable[[dict[str, Any]], str]) -> list[str]:
     alternatives = {_name(result["step"]): result["alternatives"] for result in results}
     found = {name: rows.get(which(rows)) for name, rows in alternatives.items()}
-    breakdowns = {model: row["breakdown"] for model, row in found.items() if row is not None}
+    breakdowns = {model: row["breakdown"] for model, row in found.items() if row and "breakdown" in row}
     by_model = {model: kind_seconds(breakdown) for model, breakdown in breakdowns.items()}
     lines = _head(("kind", *breakdowns))
     for label in dict.fromkeys(label for kinds in by_model.values() for label in kinds):
@@ -234,7 +255,7 @@ def _kind_table(results: list[dict[str, Any]], which: Callable[[dict[str, Any]],
 def _operators(results: list[dict[str, Any]]) -> list[str]:
     lines = []
     for result in results:
-        if OURS not in result["alternatives"]:
+        if "breakdown" not in result["alternatives"].get(OURS, {}):
             continue
         operators = result["alternatives"][OURS]["breakdown"]["operators"]
         largest = sorted(operators.items(), key=lambda item: -item[1][1])[:LARGEST]
@@ -262,16 +283,17 @@ def _line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def chosen(names: list[str]) -> list[Step]:
+def chosen(names: list[str], device: str = "cpu") -> list[Step]:
     """The steps of networks given as NAME or NAME:SIZE, or all.
 
     Raises:
-        ValueError: there is no such network or size.
+        ValueError: there is no such network, size or device.
     """
-    known = {name for step in STEPS for name in (step.model, f"{step.model}:{step.size}")}
+    steps = steps_on(device)
+    known = {name for step in steps for name in (step.model, f"{step.model}:{step.size}")}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"MODEL must be of {', '.join(sorted(known))}; got {', '.join(unknown)}")
-    return [step for step in STEPS if not names or {step.model, f"{step.model}:{step.size}"} & set(names)]
+    return [step for step in steps if not names or {step.model, f"{step.model}:{step.size}"} & set(names)]
 
 
 def main() -> None:
@@ -279,17 +301,20 @@ def main() -> None:
     parser.add_argument(
         "models", nargs="*", metavar="MODEL", help="network, or network:size; all, if none is given"
     )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes each")
     parser.add_argument("--no-bf16", action="store_true", help="without ours in bf16, which takes minutes")
     parser.add_argument("--table", action="store_true", help="only write the page")
     args = parser.parse_args()
     try:
-        steps = chosen(args.models)
+        steps = chosen(args.models, args.device)
     except ValueError as error:
         parser.error(str(error))
     if not args.table:
-        left_out = {way for way, out in ((COMPILED, not args.compile), (OURS_BF16, args.no_bf16)) if out}
-        print(f"wrote {measure(steps, tuple(way for way in WAYS if way not in left_out))}")
+        no_bf16 = args.no_bf16 or args.device != "cpu"  # where all are in bf16
+        left_out = {way for way, out in ((COMPILED, not args.compile), (OURS_BF16, no_bf16)) if out}
+        ways = tuple(way for way in WAYS if way not in left_out)
+        print(f"wrote {measure(steps, ways, args.device)}")
     write_page()
     print(f"wrote {PAGE.relative_to(ROOT)}")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -145,7 +145,8 @@ class Breakdown:
     """Where one step's seconds go; each of the four ways adds up to ``seconds``.
 
     Args:
-        seconds: of the step under the profiler, which slows it a little.
+        seconds: of the step under the profiler, which slows it a little; on a GPU, those in which the device
+            computes for it.
         phases: name -> seconds.
         kinds: kind -> {"forward" or "backward": seconds}; of the optimizer all is "forward".
         modules: class -> its times; what belongs to no module stands under the phase, "(loss)".
@@ -159,12 +160,23 @@ class Breakdown:
     operators: dict[str, tuple[int, float]]
 
 
-def break_down(step: Callable[[Ranges], object], model: nn.Module, steps: int) -> Breakdown:
-    """Profile calls of ``step``, which opens a range around each of its phases; of these, the quickest."""
-    ranges = Ranges()
-    with ranges.over(model), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+def break_down(
+    step: Callable[[Ranges], object], model: nn.Module, steps: int, device: str = "cpu"
+) -> Breakdown:
+    """Profile calls of ``step``, which opens a range around each of its phases; of these, the quickest.
+
+    Args:
+        device: ``"cpu"``, or ``"cuda"`` for the times of the kernels that a step starts.
+    """
+    ranges, on_gpu = Ranges(), device == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    # In the thread that called it, as on the CPU, so that the backward pass lies inside of its range.
+    one_thread = torch.autograd.set_multithreading_enabled(False)
+    with one_thread, ranges.over(model), profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(steps):
             step(ranges)
+        if on_gpu:
+            torch.cuda.synchronize()
     gc.disable()  # the profiler makes 100,000 objects, and collecting garbage looks at each again and again
     try:
         events: Sequence[Any] = profiler.events() or []
@@ -173,11 +185,23 @@ def break_down(step: Callable[[Ranges], object], model: nn.Module, steps: int) -
     phases = [event for event in events if event.cpu_parent is None and event.name.startswith(_RANGE)]
     each = len(phases) // steps
     taken = [phases[start : start + each] for start in range(0, len(phases), each)]
-    return _attribute(ranges, min(taken, key=_seconds))
+    quickest = min(taken, key=lambda phases: sum(_with_inside(phase, on_gpu) for phase in phases))
+    return attribute(ranges, quickest, on_gpu)
 
 
-def _seconds(phases: Sequence[FunctionEvent]) -> float:
-    return sum(phase.cpu_time_total for phase in phases) * 1e-6
+def _with_inside(event: FunctionEvent, on_gpu: bool) -> float:
+    """Seconds of an event and all inside of it."""
+    if not on_gpu:
+        return event.cpu_time_total * 1e-6
+    return _alone(event, on_gpu) + sum(_with_inside(child, on_gpu) for child in event.cpu_children)
+
+
+def _alone(event: FunctionEvent, on_gpu: bool) -> float:
+    """Seconds of an event without what is inside of it: on a GPU, of the kernels that it started itself."""
+    if not on_gpu:
+        return event.self_cpu_time_total * 1e-6
+    # The profiler also shows ranges on the device's time line, as if they were kernels.
+    return sum(kernel.duration for kernel in event.kernels if not kernel.name.startswith(_RANGE)) * 1e-6
 
 
 @dataclass(frozen=True)
@@ -189,9 +213,9 @@ class _Where:
     kind: str | None
 
 
-def _attribute(ranges: Ranges, events: Sequence[FunctionEvent]) -> Breakdown:
+def attribute(ranges: Ranges, events: Sequence[FunctionEvent], on_gpu: bool = False) -> Breakdown:
     """Of the phases of one step."""
-    phases: Counter[str] = Counter()
+    phases: dict[str, float] = defaultdict(float)
     kinds: dict[str, dict[str, float]] = {kind: defaultdict(float) for kind in KINDS}
     modules: dict[str, ModuleTime] = defaultdict(ModuleTime)
     operators: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
@@ -200,7 +224,7 @@ def _attribute(ranges: Ranges, events: Sequence[FunctionEvent]) -> Breakdown:
         event, around = stack.pop()
         where = _where(event, around, ranges)
         stack += [(child, where) for child in event.cpu_children]
-        seconds = event.self_cpu_time_total * 1e-6
+        seconds = _alone(event, on_gpu)
         phases[where.phase] += seconds
         kinds[where.kind or "other"]["backward" if where.phase == "backward" else "forward"] += seconds
         _add_to_modules(modules, where, seconds)
@@ -210,7 +234,8 @@ def _attribute(ranges: Ranges, events: Sequence[FunctionEvent]) -> Breakdown:
         calls, so_far = operators[operator]
         operators[operator] = (calls + (operator != OUTSIDE), so_far + seconds)
     kinds = {kind: dict(seconds) for kind, seconds in kinds.items()}
-    return Breakdown(_seconds(events), dict(phases), kinds, dict(modules), dict(operators))
+    whole = sum(_with_inside(event, on_gpu) for event in events)
+    return Breakdown(whole, dict(phases), kinds, dict(modules), dict(operators))
 
 
 def _where(event: Any, around: _Where, ranges: Ranges) -> _Where:

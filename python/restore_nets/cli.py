@@ -256,6 +256,7 @@ def profile(
     dtype: Annotated[
         str, typer.Option(metavar="NAME", help="float32, or bf16 for mixed precision (autocast).")
     ] = "float32",
+    device: Device = "cpu",
     compiled: Annotated[
         bool, typer.Option("--compile", help="Time eager PyTorch under torch.compile too.")
     ] = False,
@@ -271,7 +272,7 @@ def profile(
     """Say where a training step of a network spends its time on this machine.
 
     Forward, loss, backward and AdamW, with our operators and in eager PyTorch, which take turns; by phase,
-    by kind of operator, by module and by operator, with the peak memory of each.
+    by kind of operator, by module and by operator, with the peak memory of each. On a GPU, the device's times.
     """
     import json
 
@@ -281,7 +282,7 @@ def profile(
     from restore_nets.profile_report import page, print_report
     from restore_nets.profiling import COMPILED, EAGER, EAGER_LAST, OURS, Step, profile_step
 
-    step = Step(model, size, batch, dtype, _network_options(option or []))
+    step = Step(model, size, batch, dtype, _network_options(option or []), device)
     for path in (out, html):
         if path is not None:
             check_folder(path)

@@ -33,9 +33,10 @@ def title(result: Result) -> str:
     step, machine = result["step"], result["machine"]
     shape = f"{step['batch']}x3x{step['size']}x{step['size']}"
     options = "".join(f", {name}={value}" for name, value in step["options"].items())
+    where = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
     return (
-        f"Training step of {step['model']}{options}, {shape}, {step['dtype']}, on {machine['processor']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}"
+        f"Training step of {step['model']}{options}, {shape}, {step['dtype']}, on {where}, "
+        f"torch {machine['torch']}"
     )
 
 
@@ -140,9 +141,10 @@ def notes(result: Result) -> list[str]:
     """What the figures are."""
     quicker = baseline(result["alternatives"])
     profiled = (f"{name} {_ms(breakdown['seconds'])} ms" for name, breakdown in _breakdowns(result).items())
+    of_kernels = " (all times of kernels added up)" if result["machine"]["gpu"] else ""
     return [
         f"Alternatives take turns in one process; medians, compared with {quicker}. Kinds, modules "
-        f"and operators are from the quickest of {PROFILED_STEPS} steps under the profiler: "
+        f"and operators are from the quickest of {PROFILED_STEPS} steps under the profiler{of_kernels}: "
         f"{', '.join(profiled)}.",
         "Peak memory is what a step holds at its peak beyond weights, gradients and the optimizer's state.",
     ]
@@ -172,10 +174,8 @@ def page(result: Result) -> str:
         name: {phase: row["phases"][phase]["median"] for phase in PHASES}
         for name, row in result["alternatives"].items()
     }
+    bars = {"Phases of a step": phases, **({"Kinds of operators": kinds} if kinds else {})}
     return environment.get_template("profile.html").render(
         title=title(result), tables=tables(result), notes=notes(result),
-        plots={
-            "Phases of a step": figures.svg(figures.stacked_bars(phases)),
-            "Kinds of operators": figures.svg(figures.stacked_bars(kinds)),
-        },
+        plots={name: figures.svg(figures.stacked_bars(times)) for name, times in bars.items()},
     )  # fmt: skip

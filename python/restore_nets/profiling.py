@@ -2,7 +2,7 @@
 
 The step is the trainer's own: forward, loss, backward, clipping, AdamW, with the loss, the layout and the
 precision of a recipe. The alternatives take turns in one process; a step whose loss or gradient is not
-eager's, as far as rounding allows, gets no times.
+eager's, as far as rounding allows, gets no times. On a GPU all times are the device's.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from restore_nets.models.options import check_choice, check_integer
 from restore_nets.recipe import SHIPPED, DataRecipe, Recipe
 from restore_nets.restoring import scale_of
 from restore_nets.tasks import create_task
-from restore_nets.training import PHASES, Trainer, collector_spared
+from restore_nets.training import PHASES, Trainer, available_device, collector_spared
 
 DTYPES = {"float32": "float32", "bf16": "bfloat16"}  # as for TrainingConfig.precision
+OTHER_NAMES = {"fp32": "float32", "bfloat16": "bf16"}
 EAGER, EAGER_LAST, COMPILED = "eager", "eager, channels_last", "torch.compile"
 OURS, OURS_BF16 = "ours", "ours, bf16"
 
@@ -49,6 +50,7 @@ FLOOR = 8.0
 MOST_DRAWS = 5
 # Ours and eager round to bfloat16 at other places, by errors of the same size.
 BF16_MULTIPLE = 2.0
+TF32_EPSILON = 2.0**-10
 # The recipe's number of steps: the first of that many moves the weights by next to nothing, so that all
 # steps measured do the same work.
 RECIPE_STEPS = 100_000
@@ -65,6 +67,7 @@ class Step:
         batch: images.
         dtype: ``"float32"``, or ``"bf16"`` for autocast.
         options: of the network.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
 
     Raises:
         TypeError, ValueError: a value that does not fit; the message names it and one that is near.
@@ -75,10 +78,13 @@ class Step:
     batch: int = 1
     dtype: str = "float32"
     options: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
+        available_device(self.device)
         check_integer("size", self.size)
         check_integer("batch", self.batch)
+        object.__setattr__(self, "dtype", OTHER_NAMES.get(self.dtype, self.dtype))
         check_choice("dtype", self.dtype, tuple(DTYPES))
         with torch.device("meta"):
             create_model(self.model, **self.options)
@@ -90,8 +96,15 @@ class Step:
         return Recipe(
             {"name": self.model, **self.options}, DataRecipe(photos=SHIPPED), Path(), steps,
             create_task(task, **level), batch=self.batch, crop=self.size * scale_of(model),
-            precision=DTYPES[self.dtype],
+            precision=DTYPES[self.dtype], device=self.device,
         )  # fmt: skip
+
+    @property
+    def epsilon(self) -> float:
+        """Of rounding in the step's products. cuDNN multiplies float32 as TF32 unless it is told not to."""
+        if self.dtype == "float32" and self.device != "cpu" and torch.backends.cudnn.allow_tf32:
+            return TF32_EPSILON
+        return torch.finfo(getattr(torch, DTYPES[self.dtype])).eps
 
     def network(self) -> nn.Module:
         """The same one every time."""
@@ -146,8 +159,14 @@ class Alternative:
         self.trainer.model.to(memory_format=way.memory_format)  # type: ignore[call-overload]
         if way.compiled:
             self.trainer.model.compile(dynamic=False)
-        self.batch = self.in_format(self.trainer.crops[0])
-        self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
+        degraded, clean = self.trainer.crops[0]
+        self.batch = self.in_format((degraded.to(self.device), clean.to(self.device)))
+        # When each phase of each step began and ended.
+        self.moments: dict[str, list[tuple[Moment, Moment]]] = {phase: [] for phase in PHASES}
+
+    @property
+    def device(self) -> torch.device:
+        return self.trainer.device
 
     def in_format(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         degraded, clean = batch
@@ -155,9 +174,9 @@ class Alternative:
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
+        began = _now(self.device)
         yield
-        self.seconds[phase].append(time.perf_counter() - started)
+        self.moments[phase].append((began, _now(self.device)))
 
     def __call__(self) -> float:
         self.trainer.phase = self._timed
@@ -172,11 +191,14 @@ class Alternative:
             self.trainer.phase = ranges.of
             self._step()
 
-        return break_down(step, self.trainer.model, steps)
+        return break_down(step, self.trainer.model, steps, self.device.type)
 
     def phases(self, runs: int) -> dict[str, dict[str, Any]]:
         """Of the last runs: each phase's times and its share of all phases' mean time."""
-        last = {phase: seconds[-runs:] for phase, seconds in self.seconds.items()}
+        last = {
+            phase: [_seconds_between(*moments) for moments in taken[-runs:]]
+            for phase, taken in self.moments.items()
+        }
         total = sum(map(fmean, last.values()))
         return {p: {**asdict(Timing.of(s)), "share": fmean(s) / total} for p, s in last.items()}
 
@@ -189,8 +211,26 @@ class Alternative:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for weight in self.trainer.model.parameters():
-                up = torch.rand(weight.shape, generator=generator) < 0.5
+                up = torch.rand(weight.shape, generator=generator).to(weight.device) < 0.5
                 weight.mul_(torch.where(up, 1 + epsilon, 1 - epsilon))
+
+
+# By the clock, or on a GPU when the device gets there: nothing waits for it that would not anyway.
+Moment = float | torch.cuda.Event
+
+
+def _now(device: torch.device) -> Moment:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _seconds_between(began: Moment, ended: Moment) -> float:
+    if isinstance(began, float) and isinstance(ended, float):
+        return ended - began
+    return began.elapsed_time(ended) * 1e-3  # type: ignore[union-attr]
 
 
 def baseline(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -215,9 +255,9 @@ def profile_step(
     Returns:
         Plain data: the step, the machine, and per alternative the seconds of a step (median, p20, p80,
         runs), those of its phases, its loss, its memory format, and its peak memory beyond weights,
-        gradients and AdamW's state (None under torch.compile, where it would be that of compiling). Ours and
-        the ``baseline`` have a ``Breakdown`` too. An alternative that is wrong stands under "wrong", with
-        the reason.
+        gradients and AdamW's state (on the CPU None under torch.compile, where it would be that of
+        compiling). Ours and the ``baseline`` have a ``Breakdown`` too, where the device can be profiled. An
+        alternative that is wrong stands under "wrong", with the reason.
     """
     on_stage("comparing losses and gradients")
     alternatives = {name: Alternative(step, name) for name in names}
@@ -225,11 +265,11 @@ def profile_step(
     right = {name: alternative for name, alternative in alternatives.items() if name not in wrong}
     on_stage("timing")
     with collector_spared():  # as in Trainer.train
-        timings = interleave(right, seconds=seconds, min_runs=min_runs, warm_ups=1)
+        timings = interleave(right, seconds=seconds, min_runs=min_runs, warm_ups=1, device=step.device)
     result: dict[str, Any] = {
         "step": asdict(step),
         "parameters": sum(p.numel() for p in alternatives[EAGER].trainer.model.parameters()),
-        "machine": machine(alternatives[EAGER].trainer.device.type),
+        "machine": machine(step.device),
         "alternatives": {},
         "wrong": wrong,
     }
@@ -240,12 +280,19 @@ def profile_step(
         }  # fmt: skip
     for name in {baseline(result["alternatives"]), OURS} & right.keys():
         on_stage(f"profiling {name}")
-        result["alternatives"][name]["breakdown"] = asdict(right[name].profiled(PROFILED_STEPS))
+        breakdown = right[name].profiled(PROFILED_STEPS)
+        if breakdown.seconds:  # not every GPU lets itself be profiled
+            result["alternatives"][name]["breakdown"] = asdict(breakdown)
+    gpu = alternatives[EAGER].device.type == "cuda"
+    if gpu:
+        for name, row in result["alternatives"].items():
+            row["peak_extra_bytes"] = peak_extra_memory(right[name], step.device)
     del alternatives, alternative, right  # the next processes need their memory
     gc.collect()
-    for name, row in result["alternatives"].items():
-        on_stage(f"peak memory of {name}")
-        row["peak_extra_bytes"] = None if WAYS[name].compiled else _memory(step, name)
+    if not gpu:
+        for name, row in result["alternatives"].items():
+            on_stage(f"peak memory of {name}")
+            row["peak_extra_bytes"] = None if WAYS[name].compiled else _memory(step, name)
     return result
 
 
@@ -255,7 +302,6 @@ def _check(step: Step, alternatives: Mapping[str, Alternative]) -> tuple[dict[st
     What rounding alone does to loss and gradient is measured: by eager steps whose weights are moved
     by one unit of rounding, and for bfloat16 beside a step in float32 by an eager step in bfloat16.
     """
-    epsilon = torch.finfo(getattr(torch, DTYPES[step.dtype])).eps
     losses = {name: alternative() for name, alternative in alternatives.items()}
     truth, loss = alternatives[EAGER].gradient(), losses[EAGER]
 
@@ -280,11 +326,11 @@ def _check(step: Step, alternatives: Mapping[str, Alternative]) -> tuple[dict[st
     largest = {"loss": 0.0, "gradient": 0.0}
     for seed in range(MOST_DRAWS):
         moved = Alternative(step, EAGER)
-        moved.move_weights(epsilon, seed)
+        moved.move_weights(step.epsilon, seed)
         drawn = differences(moved, moved())
         del moved
         largest = {what: max(x, drawn[what]) for what, x in largest.items()}
-        if judge(None, largest, NOISE_MULTIPLE, FLOOR * epsilon):
+        if judge(None, largest, NOISE_MULTIPLE, FLOOR * step.epsilon):
             break
     if OURS_BF16 in alternatives:
         narrow = Alternative(replace(step, dtype="bf16"), EAGER)
@@ -293,7 +339,7 @@ def _check(step: Step, alternatives: Mapping[str, Alternative]) -> tuple[dict[st
 
 
 def _memory(step: Step, name: str) -> int | None:
-    """Peak extra memory of a step, in a process of its own."""
+    """Peak extra memory of a step on the CPU, in a process of its own."""
     script = "import sys; from restore_nets.profiling import print_memory; print_memory(*sys.argv[1:])"
     arguments = (json.dumps(asdict(step)), name, str(torch.get_num_threads()))
     run = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
