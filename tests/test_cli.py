@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from restore_nets import cli, create_model, save_checkpoint
+from restore_nets import cli, create_model, load_model, save_checkpoint
 from restore_nets.checkpoints import load_task
 from restore_nets.images import read_image, write_image
 from restore_nets.tasks import create_task
@@ -261,6 +261,26 @@ def test_train_and_restore_every_task(arguments, task, recipe, photos, tmp_path,
     assert cli.run(["restore", str(weights), str(photos), "--out", str(out), "--tile", "0"]) == 0
     assert f"Trained for: {create_task(**task)}" in capsys.readouterr().out
     assert read_image(out / "a.png").shape == (3, 33, 21)
+
+
+def test_a_published_checkpoint_is_told_its_task(recipe, photos, tmp_path, capsys):
+    """A network for demosaicking is given a mosaic, whether its own file says so or --task does."""
+    assert cli.run(["train", "--config", str(recipe), "--task", "demosaic"]) == 0
+    weights, published = tmp_path / "run" / "model.safetensors", tmp_path / "published.pth"
+    torch.save({"params": load_model(weights).state_dict()}, published)
+    network = [f"--option={key}={json.dumps(value)}" for key, value in TINY.items() if key != "name"]
+    command = ["restore", str(published), str(photos), "--model", TINY["name"], *network, "--out"]
+    assert cli.run([*command, str(tmp_path / "told"), "--task", "demosaic"]) == 0
+    assert "Trained for: demosaic" in capsys.readouterr().out
+    assert cli.run([*command, str(tmp_path / "untold")]) == 0
+    assert cli.run(["restore", str(weights), str(photos), "--out", str(tmp_path / "own")]) == 0
+    told, untold, own = (read_image(tmp_path / name / "a.png") for name in ("told", "untold", "own"))
+    assert torch.equal(told, own) and not torch.equal(untold, own)
+    again = ["restore", str(weights), str(photos), "--out", str(tmp_path / "own"), "--task"]
+    assert cli.run([*again, "jpeg"]) == 2
+    assert f"--task must be demosaic, which {weights} was trained for; got jpeg" in capsys.readouterr().err
+    assert cli.run([*again, "mosaic"]) == 2
+    assert "got 'mosaic', did you mean demosaic?" in capsys.readouterr().err
 
 
 def test_super_resolution_writes_larger_photos(recipe, photos, tmp_path):

@@ -117,10 +117,11 @@ def train(
 
     A recipe has the keys model (name and options), data (photos: a folder of clean photos, or pairs:
     a folder with input/ and target/), out and steps, and may have weights (a checkpoint of the network to
-    start from), task (derain, demosaic,
+    start from), validation (photos or pairs, on which every checkpoint is scored), task (derain, demosaic,
     {name: denoise, sigma: 30}, {name: jpeg, quality: 10} or {name: sr, scale: 2}), learning_rate,
-    weight_decay, batch, crop, seed, precision (float32, bfloat16, or float16 on a GPU), device, workers,
-    checkpoint_every and the weights of losses beside Charbonnier's of the restored image: half_weight (0.8;
+    weight_decay, ema_decay (of a moving average of the weights, 0.999 say, which is what is then written),
+    batch, crop, seed, precision (float32, bfloat16, or float16 on a GPU), device, workers, checkpoint_every
+    and the weights of losses beside Charbonnier's of the restored image: half_weight (0.8;
     for networks that also return a result at half resolution), edge_weight (0) and ssim_weight (0).
     """
     from dataclasses import replace
@@ -167,28 +168,41 @@ def restore(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="An option of --model, see the command models. Repeatable."),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What the network was trained for, where the weights do not say it: "
+            f"{', '.join(DEFAULT_MODELS)}.",
+        ),
+    ] = None,
 ) -> None:
     """Restore photos with a trained network.
 
     The inputs are never overwritten; earlier results in --out are replaced. A network for super-resolution
     enlarges. Networks of pyramid attention find their matches in a whole photo with --tile 0. A
     published checkpoint needs its network named: --model drsformer --option mefc=false --option
-    "heads=[1, 2, 4, 8]".
+    "heads=[1, 2, 4, 8]"; and one for demosaicking its task, --task demosaic: photos are then given to it as
+    the mosaic of their colours that it fills in.
     """
     from rich.console import Console
 
     from restore_nets.checkpoints import load_model, load_task
     from restore_nets.progress import progress
     from restore_nets.restoring import check_tile, plan, restore_files
+    from restore_nets.tasks import task_at
     from restore_nets.training import available_device
 
     check_tile(tile)
+    named = None if task is None else task_at(task, None)
     options = _network_options(option or [])
     if options and model is None:
         raise ValueError(f"--option {', '.join(options)} needs --model, the network that has it")
     work = plan(inputs, out)
     network = load_model(weights, model, **options).to(available_device(device))
-    trained_for = load_task(weights)
+    trained_for = load_task(weights) or named
+    if trained_for is not None and named is not None and trained_for.name != named.name:
+        raise ValueError(f"--task must be {trained_for.name}, which {weights} was trained for; got {task}")
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     with progress(console, "restoring", len(work.jobs)) as advance:
@@ -272,7 +286,8 @@ def profile(
     """Say where a training step of a network spends its time on this machine.
 
     Forward, loss, backward and AdamW, with our operators and in eager PyTorch, which take turns; by phase,
-    by kind of operator, by module and by operator, with the peak memory of each. On a GPU, the device's times.
+    by kind of operator, by module and by operator, with the peak memory of each. On a GPU all times are the
+    device's.
     """
     import json
 

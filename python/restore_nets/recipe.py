@@ -8,14 +8,23 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from restore_nets.data import Crops, PairedCrops, read_pairs, read_photos, synthetic_crops
-from restore_nets.losses import HALF_WEIGHT
+from restore_nets.data import (
+    Crops,
+    Pair,
+    PairedCrops,
+    Photos,
+    degraded_pairs,
+    read_pairs,
+    read_photos,
+    synthetic_crops,
+)
 from restore_nets.models.options import suggestion
-from restore_nets.photos import TRAINING, shipped_photos
+from restore_nets.photos import TRAINING, UNSEEN, shipped_photos
 from restore_nets.tasks import Task, create_task
 from restore_nets.training import TrainingConfig
 
 SHIPPED = "scikit-image"
+SHORT_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,16 @@ class DataRecipe:
             given = "neither" if self.photos is None else "both"
             raise ValueError(f"data must have either photos or pairs; got {given}")
 
+    def read(self, task: Task, shipped: tuple[str, ...]) -> Photos | list[Pair]:
+        """The clean photos or the pairs; ``shipped`` names those of scikit-image that are meant.
+
+        Raises:
+            ValueError, OSError: one that cannot be read.
+        """
+        if self.pairs is not None:
+            return read_pairs(Path(self.pairs), task.scale)
+        return shipped_photos(shipped) if self.photos == SHIPPED else read_photos(Path(str(self.photos)))
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -47,8 +66,10 @@ class Recipe:
         out: folder for the checkpoint, the weights and the losses.
         task: a name, or ``name`` and level, as for ``create_task``: ``{name: denoise, sigma: 30}``.
         weights: a checkpoint of the network to start from, see ``load_checkpoint``; None for random weights.
+        validation: data as above, on which the network is scored at every checkpoint; None does without.
+            Of scikit-image, photos that training on them does not see.
         steps, learning_rate, weight_decay, precision, device, workers, half_weight, edge_weight,
-            ssim_weight: see ``TrainingConfig``.
+            ssim_weight, ema_decay: see ``TrainingConfig``.
         batch: crops per step.
         crop: their side, in pixels of the clean photo; a multiple of the task's scale.
         seed: of the initial weights, the crops and the degradations.
@@ -61,20 +82,23 @@ class Recipe:
     steps: int
     task: Task = field(default_factory=lambda: create_task("derain"))
     weights: str | None = None
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-4
+    validation: DataRecipe | None = None
+    learning_rate: float = TrainingConfig.learning_rate
+    weight_decay: float = TrainingConfig.weight_decay
     batch: int = 8
     crop: int = 64
     seed: int = 0
-    precision: str = "float32"
-    device: str = "cpu"
-    workers: int = 0
-    half_weight: float = HALF_WEIGHT
-    edge_weight: float = 0.0
-    ssim_weight: float = 0.0
+    precision: str = TrainingConfig.precision
+    device: str = TrainingConfig.device
+    workers: int = TrainingConfig.workers
+    half_weight: float = TrainingConfig.half_weight
+    edge_weight: float = TrainingConfig.edge_weight
+    ssim_weight: float = TrainingConfig.ssim_weight
+    ema_decay: float | None = TrainingConfig.ema_decay
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", SHORT_PRECISIONS.get(self.precision, self.precision))
         if "name" not in self.model:
             raise ValueError("model must have the key name")
         for name in ("batch", "crop", "checkpoint_every"):
@@ -89,11 +113,15 @@ class Recipe:
     def crops(self) -> Crops:
         """The training batches. Reads all photos, so that one that cannot be read is known at the start."""
         size = (self.steps, self.batch, self.crop, self.seed)
-        if self.data.pairs is not None:
-            return PairedCrops(self.task, read_pairs(Path(self.data.pairs), self.task.scale), *size)
-        if self.data.photos == SHIPPED:
-            return synthetic_crops(self.task, shipped_photos(TRAINING), *size)
-        return synthetic_crops(self.task, read_photos(Path(str(self.data.photos))), *size)
+        data = self.data.read(self.task, TRAINING)
+        kind = PairedCrops if isinstance(data, list) else synthetic_crops
+        return kind(self.task, data, *size)  # type: ignore[arg-type]
+
+    def validation_pairs(self) -> list[Pair]:
+        """Of ``validation``, the same ones every time."""
+        assert self.validation is not None
+        data = self.validation.read(self.task, UNSEEN)
+        return data if isinstance(data, list) else degraded_pairs(self.task, data, self.seed)
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on besides the training config, as plain data."""
@@ -136,13 +164,13 @@ def _build(kind: type[Any], content: Any, where: str) -> Any:
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:
-    if kind is DataRecipe:
+    if kind in (DataRecipe, DataRecipe | None):
         return _build(DataRecipe, value, key)
     if kind is Task:
         return _task(value)
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if kind is float:
+    if kind in (float, float | None):
         return _number(value, key)
     expected = {int: "an integer", Path: "a path", dict[str, Any]: "a mapping"}.get(kind, "text")
     python = {int: int, dict[str, Any]: dict}.get(kind, str)

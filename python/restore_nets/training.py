@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 
@@ -45,10 +46,12 @@ class TrainingConfig:
             networks that return no image at half resolution.
         edge_weight: of the edge loss, see ``losses.edge_loss``; 0 leaves it out.
         ssim_weight: of 1 - SSIM; 0 leaves it out.
+        ema_decay: of an exponential moving average of the weights, which is then what training is for
+            (``Trainer.trained``); None does without.
     """
 
     steps: int
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     precision: str = "float32"
     device: str = "cpu"
@@ -56,6 +59,7 @@ class TrainingConfig:
     half_weight: float = HALF_WEIGHT
     edge_weight: float = 0.0
     ssim_weight: float = 0.0
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -72,6 +76,8 @@ class TrainingConfig:
                 "precision float16 needs a CUDA device, bfloat16 works on all; "
                 f"got precision='float16' with device={self.device!r}"
             )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be between 0 and 1; got {self.ema_decay}")
         if self.workers < 0:
             raise ValueError(f"workers must not be negative; got {self.workers}")
 
@@ -125,10 +131,18 @@ class Trainer:
             fused=True,
         )
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.average: AveragedModel | None = None
+        if config.ema_decay is not None:
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.losses: list[float] = []
         self.skipped_steps = 0
         self.phase: Callable[[str], AbstractContextManager[Any]] = record_function
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network that training is for: the model, or the average of what it was."""
+        return self.model if self.average is None else self.average.module
 
     def train(self, on_step: Callable[[float], None] | None = None, until: int | None = None) -> None:
         """Take the remaining steps, or those up to step ``until``.
@@ -180,6 +194,8 @@ class Trainer:
             scale = self.scaler.get_scale()
             self.scaler.update()
             self.skipped_steps += self.scaler.get_scale() < scale  # after gradients that overflowed
+            if self.average is not None:
+                self.average.update_parameters(self.model)
         return value
 
     def save(self, path: Path, recipe: dict[str, Any]) -> None:
@@ -196,6 +212,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped_steps": self.skipped_steps,
+            "average": None if self.average is None else self.average.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -217,6 +234,8 @@ class Trainer:
                 raise ValueError(f"{path} was trained with {name} = {was.get(name)!r}; got {now.get(name)!r}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.losses = list(state["losses"])
         if self.scaler.is_enabled():  # checkpoints from before it existed are of other precisions
             self.scaler.load_state_dict(state["scaler"])
