@@ -27,6 +27,17 @@ class OperatorFunction(torch.autograd.Function):
             return super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
+    @classmethod
+    def call(cls, *args: Any) -> Any:
+        """``apply`` for any arguments: torch.compile traces it only where no tensor is given twice."""
+        if not torch.compiler.is_compiling():
+            return cls.apply(*args)
+        different: list[Any] = []
+        for x in args:
+            again = isinstance(x, Tensor) and any(x is other for other in different)
+            different.append(x.view_as(x) if again else x)
+        return cls.apply(*different)
+
 
 def plain_calls(backend: backends.Backend) -> ModuleType | None:
     """The library that takes calls of plain tensors on the CPU whole, with less overhead than Python.

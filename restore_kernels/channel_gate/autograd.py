@@ -21,7 +21,7 @@ def channel_gate(
     """The differentiable operator."""
     if compiled := compiled_functions(backend):
         return compiled.channel_gate(x, down, up, down_bias, up_bias, residual)
-    return ChannelGate.apply(x, down, up, down_bias, up_bias, residual, backend)[0]
+    return ChannelGate.call(x, down, up, down_bias, up_bias, residual, backend)[0]
 
 
 class ChannelGate(OperatorFunction):

@@ -16,7 +16,7 @@ def channel_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, bac
     """The differentiable operator."""
     if compiled := compiled_functions(backend):
         return compiled.channel_norm(x, weight, bias, eps)
-    return ChannelNorm.apply(x, weight, bias, eps, backend)[0]
+    return ChannelNorm.call(x, weight, bias, eps, backend)[0]
 
 
 class ChannelNorm(OperatorFunction):

@@ -15,7 +15,7 @@ def dense_conv(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> 
     """The differentiable operator."""
     if compiled := compiled_functions(backend):
         return compiled.dense_conv(x, weight, bias)
-    return DenseConv.apply(x, weight, bias, backend)[0]
+    return DenseConv.call(x, weight, bias, backend)[0]
 
 
 class DenseConv(OperatorFunction):

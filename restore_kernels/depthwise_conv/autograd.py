@@ -23,7 +23,7 @@ def depthwise_conv(x, weight, bias, slope, gate, dilation, activation, backend) 
     args = (weight, *x, bias, slope, gate, dilation, activation, backend)
     wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
     if wanted or torch._C._are_functorch_transforms_active():
-        return DepthwiseConv.apply(*args)[0]
+        return DepthwiseConv.call(*args)[0]
     # Not as a Function: without gradients the compiler cannot count variable arguments.
     return DepthwiseConv.forward(*args)[0]
 

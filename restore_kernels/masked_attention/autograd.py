@@ -28,14 +28,14 @@ def channel(q, k, v, mask, temperature, out_proj, normalize, backend) -> Tensor:
     """The differentiable operator of the channel layout."""
     if compiled := compiled_functions(backend):
         return compiled.channel_masked(q, k, v, mask, temperature, out_proj, normalize)
-    return ChannelMaskedAttention.apply(q, k, v, mask, temperature, out_proj, normalize, backend)[0]
+    return ChannelMaskedAttention.call(q, k, v, mask, temperature, out_proj, normalize, backend)[0]
 
 
 def token(q, k, v, mask, temperature, normalize, backend) -> Tensor:
     """The differentiable operator of the token layout."""
     if compiled := compiled_functions(backend):
         return compiled.token_masked(q, k, v, mask, temperature, normalize)
-    return TokenMaskedAttention.apply(q, k, v, mask, temperature, normalize, backend)[0]
+    return TokenMaskedAttention.call(q, k, v, mask, temperature, normalize, backend)[0]
 
 
 class ChannelMaskedAttention(OperatorFunction):

@@ -19,7 +19,7 @@ def pointwise_conv(images: Sequence[Tensor], weight: Tensor, bias: Tensor | None
     tensors = (*images, weight) if bias is None else (*images, weight, bias)
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if wanted or torch._C._are_functorch_transforms_active():
-        return PointwiseConv.apply(*images, weight, bias, backend)[0]
+        return PointwiseConv.call(*images, weight, bias, backend)[0]
     # Not as a Function: the compiler cannot count variable arguments.
     return PointwiseConv.forward(*images, weight, bias, backend)[0]
 

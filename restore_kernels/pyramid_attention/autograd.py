@@ -32,7 +32,7 @@ def _run(function: type[OperatorFunction], *args: Any) -> Tensor:
     """The first result. Without gradients not as a Function: the compiler cannot count variable arguments."""
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in args[:-_SETTINGS])
     if wanted or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)[0]
+        return function.call(*args)[0]
     return function.forward(*args)[0]
 
 

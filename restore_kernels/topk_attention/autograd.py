@@ -27,14 +27,14 @@ def channel(q, k, v, temperature, weights, out_proj, topk, normalize, backend) -
     """The differentiable operator of the channel layout."""
     if compiled := compiled_functions(backend):
         return compiled.channel_topk(q, k, v, temperature, weights, out_proj, topk, normalize)
-    return ChannelTopKAttention.apply(q, k, v, temperature, weights, out_proj, topk, normalize, backend)[0]
+    return ChannelTopKAttention.call(q, k, v, temperature, weights, out_proj, topk, normalize, backend)[0]
 
 
 def token(q, k, v, temperature, weights, topk, normalize, backend) -> Tensor:
     """The differentiable operator of the token layout."""
     if compiled := compiled_functions(backend):
         return compiled.token_topk(q, k, v, temperature, weights, topk, normalize)
-    return TokenTopKAttention.apply(q, k, v, temperature, weights, topk, normalize, backend)[0]
+    return TokenTopKAttention.call(q, k, v, temperature, weights, topk, normalize, backend)[0]
 
 
 class ChannelTopKAttention(OperatorFunction):
