@@ -8,7 +8,8 @@ stable ABI, for TORCH_CUDA_ARCH_LIST or else for Ampere, Hopper and Blackwell.
 
 RESTORE_KERNELS_BUILD=native builds for this machine alone, in a fifth of the time: one instruction set, and
 the CUDA library only for the GPUs that are here. RESTORE_KERNELS_BUILD=tests builds what the tests look at:
-every instruction set, and the CUDA library for the GPUs that are here, or else for Hopper.
+every instruction set, and the CUDA library for the GPUs that are here, or else for Hopper. Both give CUDA
+kernels the line numbers that profilers show.
 """
 
 import os
@@ -56,7 +57,9 @@ def compiled_extensions():
     )
     capability = torch.backends.cpu.get_cpu_capability().lower() if X86 else "default"
     # What takes longest first, so that no core waits for it in the end.
-    libraries = {"_cuda": cuda_library(architectures)} if architectures and has_nvcc() else {}
+    libraries = (
+        {"_cuda": cuda_library(architectures, choice != "all")} if architectures and has_nvcc() else {}
+    )
     libraries |= {
         f"_cpu_{x}": cpu_library(x) for x in INSTRUCTION_SETS if choice != "native" or x == capability
     }
@@ -134,9 +137,10 @@ def cpu_compiler():
     return f"{CXX} {' '.join(flags)}"
 
 
-def cuda_library(architectures):
+def cuda_library(architectures, line_numbers):
     """The part of the ninja file that builds the CUDA library for such a list as "8.0;9.0a;10.0+PTX".
 
+    Profilers and compute-sanitizer find lines of the source by numbers that make the library twice as large.
     The assembler's report on every kernel lies beside each object.
     """
     from torch.utils.cpp_extension import include_paths
@@ -144,6 +148,7 @@ def cuda_library(architectures):
     flags = [
         "-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden",
+        *(["-lineinfo"] if line_numbers else []),
         *(f"-isystem '{path}'" for path in include_paths()),
     ]  # fmt: skip
     for name in architectures.replace(" ", ";").split(";"):
