@@ -213,8 +213,12 @@ class BackwardTiles {
     const auto ahead = [&](int64_t o, int64_t outputs, int64_t calls) {
       const int64_t from = o * count / p_.outputs, to = (o + outputs) * count / p_.outputs;  // the same part of x
       const auto next_grad = pixels_.from<const S>(grad_out_, index, n + columns).from(o, 0);
-      const auto next_x = pixels_.from<const S>(x_[i], index, n + columns).from(channel + from, 0);
-      return Prefetches{Prefetch(next_grad, outputs, columns, calls), Prefetch(next_x, to - from, columns, calls)};
+      Prefetches next{Prefetch(next_grad, outputs, columns, calls), {}};
+      if (results_.weight) {
+        const auto next_x = pixels_.from<const S>(x_[i], index, n + columns).from(channel + from, 0);
+        next.second = Prefetch(next_x, to - from, columns, calls);
+      }
+      return next;
     };
     const auto target = pixels_.from<S>(results_.x[i], index, n).from(channel, 0);
     write_once<S, T>(target, count, columns, p_.outputs, {sums_.get(), row_}, [&](Matrix<T> to) {
