@@ -89,6 +89,14 @@ def test_recipe(recipe_file, tmp_path):
         ({"task": "{name: denoise, sigma: much}"}, "sigma must be a number; got 'much'"),
         ({"task": "{name: sr, scale: 5}"}, "scale must be one of 2, 3, 4; got 5"),
         ({"task": "{sigma: 3}"}, "task must be a name, or a mapping of name and level; got {'sigma': 3}"),
+        ({"stages": "{until: 5, batch: 2, crop: 16}"}, "stages must be a list; got {'until': 5"),
+        ({"stages": "[]"}, r"stages must be a list; got \[\]"),
+        ({"stages": "[{until: 5, batch: 2}]"}, r"stages\[0\] must have crop"),
+        ({"stages": "[{until: 5, batch: 0, crop: 16}]"}, "batch must be at least 1; got 0"),
+        (
+            {"stages": "[{until: 5, batch: 1, crops: 16}]"},
+            r"stages\[0\] has no key 'crops', did you mean crop",
+        ),
         ({"task": "3"}, "task must be a name, or a mapping of name and level; got 3"),
         ({"out": "[unclosed"}, "is not valid YAML"),
     ],
@@ -124,6 +132,51 @@ def test_recipe_says_what_of_a_checkpoint_does_not_fit(recipe_file, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(FileNotFoundError):
         run_recipe(replace(recipe, weights=str(tmp_path / "none.pth")), False, Silent())
+
+
+def test_stages_of_a_recipe(recipe_file, monkeypatch):
+    """Batches and crops of each stage; resuming is exact across its end."""
+    stages = "[{until: 3, batch: 4, crop: 8}, {until: 5, batch: 1, crop: 24}]"
+    recipe = load_recipe(recipe_file(stages=stages, checkpoint_every="1"))
+    shapes = [tuple(recipe.crops()[step][0].shape) for step in range(5)]
+    assert shapes == [(4, 3, 8, 8)] * 3 + [(1, 3, 24, 24)] * 2
+    first = load_recipe(recipe_file(batch="4", crop="8")).crops()
+    assert torch.equal(recipe.crops()[2][1], first[2][1])
+
+    whole = run_recipe(replace(recipe, out=recipe.out / "whole"), False, Silent())
+    trained = Trainer.train
+    with monkeypatch.context() as patch:
+
+        def stop(self, on_step, until):
+            trained(self, on_step, until)
+            if until == 4:
+                raise KeyboardInterrupt
+
+        patch.setattr(Trainer, "train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe, False, Silent())
+    assert same_weights(load_model(run_recipe(recipe, True, Silent())), load_model(whole))
+    with pytest.raises(ValueError, match="was trained with stages = "):
+        run_recipe(replace(recipe, stages=None), True, Silent())
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("[{until: 3, batch: 1, crop: 8}]", r"stages must end .*, the last at step 5; got \[3\]"),
+        ("[{until: 5, batch: 1, crop: 8}, {until: 3, batch: 1, crop: 8}]", r"got \[5, 3\]"),
+        ("[{until: 5, batch: 1, crop: 8}, {until: 5, batch: 1, crop: 8}]", r"got \[5, 5\]"),
+        (
+            "[{until: 2, batch: 1, crop: 8}, {until: 5, batch: 1, crop: 64}]",
+            "must be at least crop=64 pixels",
+        ),
+    ],
+)
+def test_stages_that_do_not_fit(recipe_file, stages, message):
+    recipe = load_recipe(recipe_file(stages=stages))
+    with pytest.raises(ValueError, match=message):
+        run_recipe(recipe, False, Silent())
+    assert not recipe.out.exists()
 
 
 def test_recipe_run_can_be_resumed_after_a_crash(recipe_file, tmp_path, monkeypatch):

@@ -115,14 +115,15 @@ def train(
 ) -> None:
     """Train a network by a recipe.
 
-    A recipe has the keys model (name and options), data (photos: a folder of clean photos, or pairs:
-    a folder with input/ and target/), out and steps, and may have weights (a checkpoint of the network to
-    start from), validation (photos or pairs, on which every checkpoint is scored), task (derain, demosaic,
+    A recipe has the keys model (name and options), data (photos: a folder of clean photos, or pairs: a folder
+    with input/ and target/), out and steps, and may have weights (a checkpoint of the network to start from),
+    validation (photos or pairs, on which every checkpoint is scored), task (derain, demosaic,
     {name: denoise, sigma: 30}, {name: jpeg, quality: 10} or {name: sr, scale: 2}), learning_rate,
     weight_decay, ema_decay (of a moving average of the weights, 0.999 say, which is what is then written),
-    batch, crop, seed, precision (float32, bfloat16, or float16 on a GPU), device, workers, checkpoint_every
-    and the weights of losses beside Charbonnier's of the restored image: half_weight (0.8;
-    for networks that also return a result at half resolution), edge_weight (0) and ssim_weight (0).
+    batch, crop, stages (several of both: [{until: 92000, batch: 8, crop: 128}, ...]), seed, precision
+    (float32, bfloat16, or float16 on a GPU), device, workers, checkpoint_every and the weights of losses
+    beside Charbonnier's of the restored image: half_weight (0.8; for networks that also return a result at
+    half resolution), edge_weight (0) and ssim_weight (0).
     """
     from dataclasses import replace
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +46,32 @@ class Pair:
     truth: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Part of a training run: the steps before ``until`` (counted from 0) that belong to no earlier stage.
+
+    Args:
+        batch: crops per batch.
+        crop: side of the clean crops, in pixels.
+    """
+
+    until: int
+    batch: int
+    crop: int
+
+    def __post_init__(self) -> None:
+        for name in ("until", "batch", "crop"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+
 class Crops(Dataset[tuple[Tensor, Tensor]], ABC):
     """Batches of crops: item ``step`` is (degraded, clean), float32, clean in [0, 1].
 
     Shapes: (batch, 3, crop / scale, crop / scale) and (batch, 3, crop, crop), for the task's scale.
+
+    Attributes:
+        stages: all of them; one of ``batch`` and ``crop``, if ``in_stages`` does not say otherwise.
 
     Args:
         task: what separates degraded from clean.
@@ -67,14 +90,39 @@ class Crops(Dataset[tuple[Tensor, Tensor]], ABC):
     ) -> None:
         if not sizes:
             raise ValueError("training needs at least one photo; got none")
-        if crop % task.scale:
-            raise ValueError(f"crop must be a multiple of the scale of {task}; got {crop}")
-        for name, (height, width) in sizes.items():
-            if min(height, width) < crop:
-                raise ValueError(
-                    f"photo {name} ({width}x{height}) must be at least crop={crop} pixels wide and high"
-                )
-        self.task, self.steps, self.batch, self.crop, self.seed = task, steps, batch, crop, seed
+        self.task, self.sizes, self.steps, self.seed = task, sizes, steps, seed
+        self._set_stages([Stage(steps, batch, crop)])
+
+    def in_stages(self, stages: Sequence[Stage]) -> Crops:
+        """Crops of the same photos whose number and size change on the way, as in progressive learning.
+
+        Raises:
+            ValueError: stages that do not follow each other up to the last step, or as for the class.
+        """
+        ends = [stage.until for stage in stages]
+        if sorted(set(ends)) != ends or ends[-1:] != [self.steps]:
+            raise ValueError(
+                f"stages must end one after the other, the last at step {self.steps}; got {ends}"
+            )
+        other = copy(self)
+        other._set_stages(stages)
+        return other
+
+    def _set_stages(self, stages: Sequence[Stage]) -> None:
+        for crop in (stage.crop for stage in stages):
+            if crop % self.task.scale:
+                raise ValueError(f"crop must be a multiple of the scale of {self.task}; got {crop}")
+            for name, (height, width) in self.sizes.items():
+                if min(height, width) < crop:
+                    raise ValueError(
+                        f"photo {name} ({width}x{height}) must be at least crop={crop} pixels wide and high"
+                    )
+        self.stages = tuple(stages)
+
+    @property
+    def crop(self) -> int:
+        """The side of the smallest crops."""
+        return min(stage.crop for stage in self.stages)
 
     def __len__(self) -> int:
         return self.steps
@@ -82,18 +130,20 @@ class Crops(Dataset[tuple[Tensor, Tensor]], ABC):
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         if not 0 <= step < self.steps:
             raise IndexError(step)
+        stage = next(stage for stage in self.stages if step < stage.until)
         rng = np.random.default_rng((_TRAINING_SEED, self.seed, step))
-        degraded, clean = zip(*(self._sample(rng) for _ in range(self.batch)), strict=True)
+        degraded, clean = zip(*(self._sample(rng, stage.crop) for _ in range(stage.batch)), strict=True)
         return torch.stack(degraded), torch.stack(clean)
 
     @abstractmethod
-    def _sample(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """One random crop, degraded and clean."""
+    def _sample(self, rng: np.random.Generator, crop: int) -> tuple[Tensor, Tensor]:
+        """One random crop of this side, degraded and clean."""
 
-    def _corner(self, photo: Tensor, rng: np.random.Generator, unit: int = 1) -> tuple[int, int]:
-        """Where in a photo (3, H, W) a crop begins: top and left, multiples of the unit."""
-        top, left = (unit * int(rng.integers((side - self.crop) // unit + 1)) for side in photo.shape[1:])
-        return top, left
+
+def _corner(photo: Tensor, crop: int, rng: np.random.Generator, unit: int = 1) -> tuple[int, int]:
+    """Where in a photo (3, H, W) a crop begins: top and left, multiples of the unit."""
+    top, left = (unit * int(rng.integers((side - crop) // unit + 1)) for side in photo.shape[1:])
+    return top, left
 
 
 class DegradedCrops(Crops):
@@ -104,10 +154,10 @@ class DegradedCrops(Crops):
         super().__init__(task, sizes, steps, batch, crop, seed)
         self.photos = list(photos.values())
 
-    def _sample(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _sample(self, rng: np.random.Generator, crop: int) -> tuple[Tensor, Tensor]:
         photo = self.photos[rng.integers(len(self.photos))]
-        crop = _square(photo, *self._corner(photo, rng), self.crop)
-        clean = from_bytes(_oriented(self.task, rng, crop)[0])
+        picture = _square(photo, *_corner(photo, crop, rng), crop)
+        clean = from_bytes(_oriented(self.task, rng, picture)[0])
         if self.task.exposures is not None:
             clean = clean ** float(rng.uniform(*self.task.exposures))
         return self.task.degrade(clean, rng), clean
@@ -122,11 +172,11 @@ class PairedCrops(Crops):
         super().__init__(task, {pair.name: pair.clean.shape[1:] for pair in pairs}, steps, batch, crop, seed)
         self.pairs = list(pairs)
 
-    def _sample(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _sample(self, rng: np.random.Generator, crop: int) -> tuple[Tensor, Tensor]:
         pair, task = self.pairs[int(rng.integers(len(self.pairs)))], self.task
-        top, left = self._corner(pair.clean, rng, unit=max(task.scale, task.period))
-        small = (x // task.scale for x in (top, left, self.crop))
-        crops = (_square(pair.degraded, *small), _square(pair.clean, top, left, self.crop))
+        top, left = _corner(pair.clean, crop, rng, unit=max(task.scale, task.period))
+        small = (x // task.scale for x in (top, left, crop))
+        crops = (_square(pair.degraded, *small), _square(pair.clean, top, left, crop))
         if task.period == 1:
             crops = _oriented(task, rng, *crops)
         degraded, clean = map(values, crops)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -13,6 +13,7 @@ from restore_nets.data import (
     Pair,
     PairedCrops,
     Photos,
+    Stage,
     degraded_pairs,
     read_pairs,
     read_photos,
@@ -72,6 +73,7 @@ class Recipe:
             ssim_weight, ema_decay: see ``TrainingConfig``.
         batch: crops per step.
         crop: their side, in pixels of the clean photo; a multiple of the task's scale.
+        stages: instead of one batch and crop, several of both, each up to a step, the last up to ``steps``.
         seed: of the initial weights, the crops and the degradations.
         checkpoint_every: steps between checkpoints.
     """
@@ -87,6 +89,7 @@ class Recipe:
     weight_decay: float = TrainingConfig.weight_decay
     batch: int = 8
     crop: int = 64
+    stages: list[Stage] | None = None
     seed: int = 0
     precision: str = TrainingConfig.precision
     device: str = TrainingConfig.device
@@ -112,10 +115,12 @@ class Recipe:
 
     def crops(self) -> Crops:
         """The training batches. Reads all photos, so that one that cannot be read is known at the start."""
-        size = (self.steps, self.batch, self.crop, self.seed)
+        first = self if self.stages is None else self.stages[0]
+        size = (self.steps, first.batch, first.crop, self.seed)
         data = self.data.read(self.task, TRAINING)
         kind = PairedCrops if isinstance(data, list) else synthetic_crops
-        return kind(self.task, data, *size)  # type: ignore[arg-type]
+        crops: Crops = kind(self.task, data, *size)  # type: ignore[arg-type]
+        return crops if self.stages is None else crops.in_stages(self.stages)
 
     def validation_pairs(self) -> list[Pair]:
         """Of ``validation``, the same ones every time."""
@@ -127,7 +132,8 @@ class Recipe:
         """What the result depends on besides the training config, as plain data."""
         data = {f.name: getattr(self.data, f.name) for f in fields(DataRecipe)}
         what = {"model": self.model, "data": data, "task": self.task.config(), "weights": self.weights}
-        return {**what, "batch": self.batch, "crop": self.crop, "seed": self.seed}
+        stages = None if self.stages is None else [asdict(stage) for stage in self.stages]
+        return {**what, "batch": self.batch, "crop": self.crop, "stages": stages, "seed": self.seed}
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -166,6 +172,10 @@ def _build(kind: type[Any], content: Any, where: str) -> Any:
 def _convert(kind: Any, value: Any, key: str) -> Any:
     if kind in (DataRecipe, DataRecipe | None):
         return _build(DataRecipe, value, key)
+    if kind == list[Stage] | None:
+        if not isinstance(value, list) or not value:
+            raise TypeError(f"{key} must be a list; got {value!r}")
+        return [_build(Stage, stage, f"{key}[{i}]") for i, stage in enumerate(value)]
     if kind is Task:
         return _task(value)
     if kind is Path and isinstance(value, str):
