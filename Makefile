@@ -27,8 +27,8 @@ results: $(VENV)/built
 	$(BIN)/restore-kernels profile --all --device cpu --threads 2 --compile --out benchmarks/results
 
 # On a machine with an NVIDIA GPU, PyTorch, Triton and pytest; no network. Nine minutes at the most, or by part:
-# make gpu PART=test|sanitize|bench. PART=steps, training steps of the networks, takes nine minutes more, and writes
-# what it has after each network. What follows a part that failed runs all the same: no wrong result gets a speed.
+# make gpu PART=test|sanitize|bench. PART=steps, training steps of NETWORKS (all, if none is named), takes minutes for
+# each and writes what it has after each. What follows a part that failed runs all the same: no wrong result gets a speed.
 OUT ?= benchmarks/results
 PART ?= test sanitize bench
 GPU_TEST := $(GPU_PYTHON) -m pytest -p no:cacheprovider --device cuda
@@ -58,7 +58,7 @@ gpu-bench:
 	$(GPU_PYTHON) benchmarks/choices.py
 
 gpu-steps:
-	timeout 500 $(GPU_PYTHON) benchmarks/steps.py --device cuda --compile; status=$$?; \
+	timeout 500 $(GPU_PYTHON) benchmarks/steps.py $(NETWORKS) --device cuda --compile; status=$$?; \
 		[ $(OUT) = benchmarks/results ] || cp -r benchmarks/results/steps $(OUT); exit $$status
 
 $(VENV)/installed: requirements.txt

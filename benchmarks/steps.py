@@ -117,6 +117,7 @@ def measure(steps: list[Step], ways: tuple[str, ...], device: str = "cpu") -> Pa
         results.sort(key=lambda result: (result["step"]["model"], result["step"]["size"]))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(results, indent=1) + "\n")
+        write_page()
     return path
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import asdict, replace
 
 import pytest
@@ -11,9 +13,10 @@ from torch.autograd.profiler_util import FunctionEvent
 
 from restore_nets import cli, list_models, profiling
 from restore_nets.attribution import Breakdown, Ranges, attribute
+from restore_nets.loss_curves import loss_curves
 from restore_nets.profile_report import page, tables, title
-from restore_nets.profiling import EAGER, OURS, Alternative, profile_step
-from restore_nets.training import PHASES
+from restore_nets.profiling import EAGER, EAGER_LAST, OURS, Alternative, profile_step
+from restore_nets.training import PHASES, Trainer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -37,11 +40,8 @@ def test_a_kernel_counts_where_it_was_started():
     aten = event(
         "aten::conv2d", (("pad", 2.0),), (event("aten::cudnn_convolution", (("implicit_gemm", 40.0),)),)
     )
-    # Ranges are shown on the device's time line too, from their first kernel to their last.
-    inside = event(
-        net, ((net, 55.0),), (event(conv, ((conv, 42.0),), (aten,)), event("aten::add", (("add", 8.0),)))
-    )
-    found = attribute(ranges, [event(forward, ((forward, 55.0),), (inside,))], on_gpu=True)
+    inside = event(net, (), (event(conv, (), (aten,)), event("aten::add", (("add", 8.0),))))
+    found = attribute(ranges, [event(forward, (), (inside,))], on_gpu=True)
     assert found.seconds == pytest.approx(50e-6) and found.phases == {"forward": pytest.approx(50e-6)}
     assert found.kinds["pointwise convolution"] == {"forward": pytest.approx(42e-6)}
     assert found.kinds["other"] == {"forward": pytest.approx(8e-6)}
@@ -96,6 +96,47 @@ def test_the_driver_has_every_network_in_bf16(monkeypatch):
     assert {(step.size, step.batch, step.dtype, step.device) for step in found} == {(128, 8, "bf16", "cuda")}
 
 
+def test_out_of_memory_loses_one_alternative_only(monkeypatch):
+    monkeypatch.setattr(profiling, "_memory", lambda *_: None)
+    call = Alternative.__call__
+
+    def full(self):
+        if self.memory_format == torch.channels_last:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call(self)
+
+    monkeypatch.setattr(Alternative, "__call__", full)
+    result = profile_step(tiny("panet"), seconds=0.0)
+    assert list(result["alternatives"]) == [EAGER, OURS]
+    assert result["wrong"] == {EAGER_LAST: "it ran out of memory"}
+
+
+def test_no_network_outlives_its_alternative():
+    """Without waiting for the garbage collector, which sees nothing of a GPU's memory."""
+    gc.disable()
+    try:
+        alternative = Alternative(tiny("panet"), OURS)
+        alternative()
+        model = weakref.ref(alternative.trainer.model)
+        del alternative
+        assert model() is None
+    finally:
+        gc.enable()
+
+
+def test_losses_are_compared_without_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen, train = [], Trainer.train
+
+    def look(self, *args, **options):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return train(self, *args, **options)
+
+    monkeypatch.setattr(Trainer, "train", look)
+    loss_curves(tiny("panet"), steps=1, first_steps=1)
+    assert len(seen) == 6 and not any(seen) and torch.backends.cudnn.allow_tf32
+
+
 def test_out_of_memory_loses_one_step_only(tmp_path, monkeypatch, capsys):
     steps = script()
 
@@ -106,6 +147,7 @@ def test_out_of_memory_loses_one_step_only(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(steps, "profile_step", profile)
     monkeypatch.setattr(steps, "RESULTS", tmp_path)
+    monkeypatch.setattr(steps, "write_page", lambda: None)
     monkeypatch.setattr(steps, "loss_curves", lambda step, **_: pytest.fail("the second size has none"))
     path = steps.measure([steps.Step("panet", 96), steps.Step("pa_edsr", 96)], (EAGER,))
     assert "pa_edsr" in path.read_text() and '"panet"' not in path.read_text()

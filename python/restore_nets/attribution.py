@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import DeviceType
 from torch._C._profiler import _RecordFunctionFast  # a microsecond; record_function's eight would show
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
@@ -182,7 +183,8 @@ def break_down(
         events: Sequence[Any] = profiler.events() or []
     finally:
         gc.enable()
-    phases = [event for event in events if event.cpu_parent is None and event.name.startswith(_RANGE)]
+    on_cpu = (event for event in events if event.device_type == DeviceType.CPU and event.cpu_parent is None)
+    phases = [event for event in on_cpu if event.name.startswith(_RANGE)]
     each = len(phases) // steps
     taken = [phases[start : start + each] for start in range(0, len(phases), each)]
     quickest = min(taken, key=lambda phases: sum(_with_inside(phase, on_gpu) for phase in phases))
@@ -200,8 +202,7 @@ def _alone(event: FunctionEvent, on_gpu: bool) -> float:
     """Seconds of an event without what is inside of it: on a GPU, of the kernels that it started itself."""
     if not on_gpu:
         return event.self_cpu_time_total * 1e-6
-    # The profiler also shows ranges on the device's time line, as if they were kernels.
-    return sum(kernel.duration for kernel in event.kernels if not kernel.name.startswith(_RANGE)) * 1e-6
+    return sum(kernel.duration for kernel in event.kernels) * 1e-6
 
 
 @dataclass(frozen=True)

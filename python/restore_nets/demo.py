@@ -34,7 +34,7 @@ from restore_nets.data import (
 )
 from restore_nets.demo_recipes import DEFAULT_MODELS, RECIPES, DemoRecipe
 from restore_nets.images import from_bytes, to_bytes, write_image
-from restore_nets.kernel_checks import EAGER_RUNS, Agreement, follow_losses
+from restore_nets.kernel_checks import EAGER_RUNS, Agreement, exact_products, follow_losses
 from restore_nets.masks import MaskCheck, check_mask
 from restore_nets.match_figure import match_picture
 from restore_nets.metrics import Score, score
@@ -202,7 +202,7 @@ def run(options: Options, console: Console) -> Demo:
     trainer = trainer_from_start()
     console.print(f"Training on {len(material.training)} photos; {len(material.unseen)} stay unseen.")
     started = time.perf_counter()
-    with progress(console, "training", steps) as advance:
+    with exact_products(), progress(console, "training", steps) as advance:
         trainer.train(lambda loss: advance(f"loss {loss:.4f}"))
     training_seconds = time.perf_counter() - started
     weights = options.out / "model.safetensors"
@@ -222,7 +222,8 @@ def run(options: Options, console: Console) -> Demo:
     agreement = None
     if any(time.backend != "eager" for time in times):
         repeated = trainer.losses[:REPEATED_STEPS]
-        with progress(console, "following eager", EAGER_RUNS * len(repeated)) as advance:
+        following = progress(console, "following eager", EAGER_RUNS * len(repeated))
+        with exact_products(), following as advance:
             agreement = follow_losses(repeated, trainer_from_start, lambda: advance(""))
 
     parameters = sum(p.numel() for p in trainer.model.parameters())

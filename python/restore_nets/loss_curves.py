@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from restore_nets.kernel_checks import Agreement, follow_losses
+from restore_nets.kernel_checks import Agreement, exact_products, follow_losses
 from restore_nets.profiling import Step
 from restore_nets.training import Trainer
 
@@ -59,6 +59,13 @@ def loss_curves(
         recipe = step.recipe(model, steps)
         return Trainer(model, recipe.crops(), recipe.training_config())
 
+    with exact_products():
+        return _loss_curves(trainer, step, first_steps, on_stage)
+
+
+def _loss_curves(
+    trainer: Callable[[Step], Trainer], step: Step, first_steps: int, on_stage: Callable[[str], object]
+) -> LossCurves:
     ours, narrow = trainer(step), trainer(replace(step, dtype="bf16"))
     for name, run in (("losses of ours", ours), ("losses in bfloat16", narrow)):
         on_stage(name)

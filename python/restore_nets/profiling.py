@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -36,7 +36,7 @@ from restore_nets.restoring import scale_of
 from restore_nets.tasks import create_task
 from restore_nets.training import PHASES, Trainer, available_device, collector_spared
 
-DTYPES = {"float32": "float32", "bf16": "bfloat16"}  # as for TrainingConfig.precision
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 OTHER_NAMES = {"fp32": "float32", "bfloat16": "bf16"}
 EAGER, EAGER_LAST, COMPILED = "eager", "eager, channels_last", "torch.compile"
 OURS, OURS_BF16 = "ours", "ours, bf16"
@@ -96,15 +96,19 @@ class Step:
         return Recipe(
             {"name": self.model, **self.options}, DataRecipe(photos=SHIPPED), Path(), steps,
             create_task(task, **level), batch=self.batch, crop=self.size * scale_of(model),
-            precision=DTYPES[self.dtype], device=self.device,
+            precision=self.dtype, device=self.device,
         )  # fmt: skip
+
+    @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
 
     @property
     def epsilon(self) -> float:
         """Of rounding in the step's products. cuDNN multiplies float32 as TF32 unless it is told not to."""
-        if self.dtype == "float32" and self.device != "cpu" and torch.backends.cudnn.allow_tf32:
+        if self.dtype == "float32" and self.on_gpu and torch.backends.cudnn.allow_tf32:
             return TF32_EPSILON
-        return torch.finfo(getattr(torch, DTYPES[self.dtype])).eps
+        return torch.finfo(DTYPES[self.dtype]).eps
 
     def network(self) -> nn.Module:
         """The same one every time."""
@@ -179,17 +183,19 @@ class Alternative:
         self.moments[phase].append((began, _now(self.device)))
 
     def __call__(self) -> float:
-        self.trainer.phase = self._timed
-        return self._step()
+        return self._step(self._timed)
 
-    def _step(self) -> float:
-        with restore_kernels.use_backend(self.backend):
-            return self.trainer.step(*self.batch)
+    def _step(self, phase: Callable[[str], AbstractContextManager[Any]]) -> float:
+        usual, self.trainer.phase = self.trainer.phase, phase
+        try:
+            with restore_kernels.use_backend(self.backend):
+                return self.trainer.step(*self.batch)
+        finally:
+            self.trainer.phase = usual  # which does not hold this object, and a network's memory, in a cycle
 
     def profiled(self, steps: int) -> Breakdown:
         def step(ranges: Ranges) -> None:
-            self.trainer.phase = ranges.of
-            self._step()
+            self._step(ranges.of)
 
         return break_down(step, self.trainer.model, steps, self.device.type)
 
@@ -259,6 +265,14 @@ def profile_step(
         compiling). Ours and the ``baseline`` have a ``Breakdown`` too, where the device can be profiled. An
         alternative that is wrong stands under "wrong", with the reason.
     """
+    # Events and statistics are those of the current device.
+    with torch.cuda.device(step.device) if step.on_gpu else nullcontext():
+        return _profile_step(step, names, seconds, min_runs, on_stage)
+
+
+def _profile_step(
+    step: Step, names: Sequence[str], seconds: float, min_runs: int, on_stage: Callable[[str], object]
+) -> dict[str, Any]:
     on_stage("comparing losses and gradients")
     alternatives = {name: Alternative(step, name) for name in names}
     losses, wrong = _check(step, alternatives)
@@ -283,13 +297,12 @@ def profile_step(
         breakdown = right[name].profiled(PROFILED_STEPS)
         if breakdown.seconds:  # not every GPU lets itself be profiled
             result["alternatives"][name]["breakdown"] = asdict(breakdown)
-    gpu = alternatives[EAGER].device.type == "cuda"
-    if gpu:
+    if step.on_gpu:
         for name, row in result["alternatives"].items():
             row["peak_extra_bytes"] = peak_extra_memory(right[name], step.device)
     del alternatives, alternative, right  # the next processes need their memory
     gc.collect()
-    if not gpu:
+    if not step.on_gpu:
         for name, row in result["alternatives"].items():
             on_stage(f"peak memory of {name}")
             row["peak_extra_bytes"] = None if WAYS[name].compiled else _memory(step, name)
@@ -302,15 +315,22 @@ def _check(step: Step, alternatives: Mapping[str, Alternative]) -> tuple[dict[st
     What rounding alone does to loss and gradient is measured: by eager steps whose weights are moved
     by one unit of rounding, and for bfloat16 beside a step in float32 by an eager step in bfloat16.
     """
-    losses = {name: alternative() for name, alternative in alternatives.items()}
+    losses: dict[str, float] = {}
+    wrong: dict[str, str] = {}
+    for name, alternative in alternatives.items():
+        try:
+            losses[name] = alternative()
+        except torch.OutOfMemoryError:
+            if name == EAGER:  # to which all are compared
+                raise
+            wrong[name] = "it ran out of memory"
     truth, loss = alternatives[EAGER].gradient(), losses[EAGER]
 
     def differences(other: Alternative, other_loss: float) -> dict[str, float]:
         gradient = (other.gradient() - truth).norm() / truth.norm()
         return {"loss": abs(other_loss - loss) / loss, "gradient": float(gradient)}
 
-    found = {name: differences(alternatives[name], losses[name]) for name in alternatives if name != EAGER}
-    wrong: dict[str, str] = {}
+    found = {name: differences(alternatives[name], losses[name]) for name in losses if name != EAGER}
 
     def judge(dtype: str | None, rounding: Mapping[str, float], multiple: float, least: float) -> bool:
         """Whether all alternatives of a dtype (``Way.dtype``) are right."""
@@ -332,7 +352,7 @@ def _check(step: Step, alternatives: Mapping[str, Alternative]) -> tuple[dict[st
         largest = {what: max(x, drawn[what]) for what, x in largest.items()}
         if judge(None, largest, NOISE_MULTIPLE, FLOOR * step.epsilon):
             break
-    if OURS_BF16 in alternatives:
+    if OURS_BF16 in found:
         narrow = Alternative(replace(step, dtype="bf16"), EAGER)
         judge("bf16", differences(narrow, narrow()), BF16_MULTIPLE, torch.finfo(torch.bfloat16).eps)
     return losses, wrong
