@@ -271,7 +271,6 @@ def test_a_published_checkpoint_is_told_its_task(recipe, photos, tmp_path, capsy
     network = [f"--option={key}={json.dumps(value)}" for key, value in TINY.items() if key != "name"]
     command = ["restore", str(published), str(photos), "--model", TINY["name"], *network, "--out"]
     assert cli.run([*command, str(tmp_path / "told"), "--task", "demosaic"]) == 0
-    assert "Trained for: demosaic" in capsys.readouterr().out
     assert cli.run([*command, str(tmp_path / "untold")]) == 0
     assert cli.run(["restore", str(weights), str(photos), "--out", str(tmp_path / "own")]) == 0
     told, untold, own = (read_image(tmp_path / name / "a.png") for name in ("told", "untold", "own"))

@@ -66,7 +66,11 @@ def test_recipe_is_one(tmp_path):
     path.write_text(RECIPE[1])
     recipe = load_recipe(path)
     assert recipe.weights == "published.pth" and recipe.learning_rate == 1e-4
-    assert recipe.precision == "bfloat16" and recipe.validation is not None and recipe.ema_decay == 0.999
+    assert (
+        recipe.training_config().precision == "bfloat16"
+        and recipe.validation is not None
+        and recipe.ema_decay == 0.999
+    )
     assert recipe.stages is not None and recipe.stages[-1].until == recipe.steps
     with torch.device("meta"):
         restore_nets.create_model(**recipe.model)

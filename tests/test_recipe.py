@@ -19,6 +19,8 @@ from restore_nets.running import run_recipe
 from restore_nets.tasks import create_task
 from restore_nets.training import Trainer, TrainingConfig
 
+STAGED = {"batch": None, "crop": None}  # which the stages say
+
 
 @pytest.fixture
 def recipe_file(tmp_path):
@@ -71,8 +73,8 @@ def test_recipe(recipe_file, tmp_path):
     [
         ({"stepz": "3"}, r"the recipe has no key 'stepz', did you mean steps\?"),
         ({"data": "{photo: x}"}, r"data has no key 'photo', did you mean photos\?"),
-        ({"data": "{photos: x, pairs: y}"}, "data must have either photos or pairs; got both"),
-        ({"data": "{}"}, "data must have either photos or pairs; got neither"),
+        ({"data": "{photos: x, pairs: y}"}, "data: there must be either photos or pairs; got both"),
+        ({"data": "{}"}, "data: there must be either photos or pairs; got neither"),
         ({"data": "photos"}, "data must be a mapping of keys to values; got 'photos'"),
         ({"steps": None, "out": None}, "the recipe must have out, steps"),
         ({"steps": "many"}, "steps must be an integer; got 'many'"),
@@ -89,14 +91,13 @@ def test_recipe(recipe_file, tmp_path):
         ({"task": "{name: denoise, sigma: much}"}, "sigma must be a number; got 'much'"),
         ({"task": "{name: sr, scale: 5}"}, "scale must be one of 2, 3, 4; got 5"),
         ({"task": "{sigma: 3}"}, "task must be a name, or a mapping of name and level; got {'sigma': 3}"),
-        ({"stages": "{until: 5, batch: 2, crop: 16}"}, "stages must be a list; got {'until': 5"),
-        ({"stages": "[]"}, r"stages must be a list; got \[\]"),
-        ({"stages": "[{until: 5, batch: 2}]"}, r"stages\[0\] must have crop"),
-        ({"stages": "[{until: 5, batch: 0, crop: 16}]"}, "batch must be at least 1; got 0"),
-        (
-            {"stages": "[{until: 5, batch: 1, crops: 16}]"},
-            r"stages\[0\] has no key 'crops', did you mean crop",
-        ),
+        ({"stages": "{until: 5, batch: 2, crop: 16}", **STAGED}, "stages must be a list; got {'until': 5"),
+        ({"stages": "[]", **STAGED}, "stages must not be empty"),
+        ({"stages": "[{until: 5, batch: 1, crop: 8}]"}, "stages say batch and crop; got batch and crop"),
+        ({"stages": "[{until: 5, batch: 2}]", **STAGED}, r"stages\[0\] must have crop"),
+        ({"stages": "[{until: 5, batch: 0, crop: 16}]", **STAGED}, r"stages\[0\]: batch must be at least 1"),
+        ({"stages": "[{until: x, batch: 1, crop: 8}]", **STAGED}, r"stages\[0\]\.until must be an integer"),
+        ({"stages": "[{until: 5, batch: 1, crops: 8}]", **STAGED}, r"stages\[0\] has no key 'crops', did"),
         ({"task": "3"}, "task must be a name, or a mapping of name and level; got 3"),
         ({"out": "[unclosed"}, "is not valid YAML"),
     ],
@@ -137,7 +138,8 @@ def test_recipe_says_what_of_a_checkpoint_does_not_fit(recipe_file, tmp_path):
 def test_stages_of_a_recipe(recipe_file, monkeypatch):
     """Batches and crops of each stage; resuming is exact across its end."""
     stages = "[{until: 3, batch: 4, crop: 8}, {until: 5, batch: 1, crop: 24}]"
-    recipe = load_recipe(recipe_file(stages=stages, checkpoint_every="1"))
+    recipe = load_recipe(recipe_file(**STAGED, stages=stages, checkpoint_every="1"))
+    assert json.loads(json.dumps(recipe.identity())) == recipe.identity()
     shapes = [tuple(recipe.crops()[step][0].shape) for step in range(5)]
     assert shapes == [(4, 3, 8, 8)] * 3 + [(1, 3, 24, 24)] * 2
     first = load_recipe(recipe_file(batch="4", crop="8")).crops()
@@ -156,8 +158,8 @@ def test_stages_of_a_recipe(recipe_file, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run_recipe(recipe, False, Silent())
     assert same_weights(load_model(run_recipe(recipe, True, Silent())), load_model(whole))
-    with pytest.raises(ValueError, match="was trained with stages = "):
-        run_recipe(replace(recipe, stages=None), True, Silent())
+    with pytest.raises(ValueError, match="was trained with batch = None; got 8"):
+        run_recipe(replace(recipe, stages=None, crop=16), True, Silent())
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,7 @@ def test_stages_of_a_recipe(recipe_file, monkeypatch):
     ],
 )
 def test_stages_that_do_not_fit(recipe_file, stages, message):
-    recipe = load_recipe(recipe_file(stages=stages))
+    recipe = load_recipe(recipe_file(**STAGED, stages=stages))
     with pytest.raises(ValueError, match=message):
         run_recipe(recipe, False, Silent())
     assert not recipe.out.exists()

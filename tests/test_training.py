@@ -277,7 +277,10 @@ def test_bad_config():
             TrainingConfig(**{"steps": 1, change: -1})
     with pytest.raises(ValueError, match="edge_weight must not be negative; got nan"):
         TrainingConfig(1, edge_weight=float("nan"))
-    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, float16; got 'float8'"):
+    with pytest.raises(
+        ValueError,
+        match="precision must be one of float32, bfloat16, float16, fp32, bf16, fp16; got 'float8'",
+    ):
         TrainingConfig(1, precision="float8")
     for device in ("gpu", "meta"):
         with pytest.raises(ValueError, match=f"device must be cpu, cuda or cuda:N; got '{device}'"):

@@ -121,7 +121,7 @@ def train(
     {name: denoise, sigma: 30}, {name: jpeg, quality: 10} or {name: sr, scale: 2}), learning_rate,
     weight_decay, ema_decay (of a moving average of the weights, 0.999 say, which is what is then written),
     batch, crop, stages (several of both: [{until: 92000, batch: 8, crop: 128}, ...]), seed, precision
-    (float32, bfloat16, or float16 on a GPU), device, workers, checkpoint_every and the weights of losses
+    (float32, bf16, or fp16 on a GPU), device, workers, checkpoint_every and the weights of losses
     beside Charbonnier's of the restored image: half_weight (0.8; for networks that also return a result at
     half resolution), edge_weight (0) and ssim_weight (0).
     """
@@ -201,13 +201,15 @@ def restore(
         raise ValueError(f"--option {', '.join(options)} needs --model, the network that has it")
     work = plan(inputs, out)
     network = load_model(weights, model, **options).to(available_device(device))
-    trained_for = load_task(weights) or named
+    trained_for = load_task(weights)
     if trained_for is not None and named is not None and trained_for.name != named.name:
         raise ValueError(f"--task must be {trained_for.name}, which {weights} was trained for; got {task}")
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     with progress(console, "restoring", len(work.jobs)) as advance:
-        failures = restore_files(network, work.jobs, tile, lambda job: advance(job.source.name), trained_for)
+        failures = restore_files(
+            network, work.jobs, tile, lambda job: advance(job.source.name), trained_for or named
+        )
     if trained_for is not None:
         console.print(f"Trained for: {trained_for}")
     console.print(

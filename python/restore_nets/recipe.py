@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -25,7 +25,6 @@ from restore_nets.tasks import Task, create_task
 from restore_nets.training import TrainingConfig
 
 SHIPPED = "scikit-image"
-SHORT_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class DataRecipe:
     def __post_init__(self) -> None:
         if (self.photos is None) == (self.pairs is None):
             given = "neither" if self.photos is None else "both"
-            raise ValueError(f"data must have either photos or pairs; got {given}")
+            raise ValueError(f"there must be either photos or pairs; got {given}")
 
     def read(self, task: Task, shipped: tuple[str, ...]) -> Photos | list[Pair]:
         """The clean photos or the pairs; ``shipped`` names those of scikit-image that are meant.
@@ -101,26 +100,31 @@ class Recipe:
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "precision", SHORT_PRECISIONS.get(self.precision, self.precision))
         if "name" not in self.model:
             raise ValueError("model must have the key name")
+        if self.stages == []:
+            raise ValueError("stages must not be empty")
         for name in ("batch", "crop", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative; got {self.seed}")
 
+    @property
+    def sizes(self) -> list[Stage]:
+        """The stages, or the only one."""
+        return [Stage(self.steps, self.batch, self.crop)] if self.stages is None else self.stages
+
     def training_config(self) -> TrainingConfig:
         return TrainingConfig(**{f.name: getattr(self, f.name) for f in fields(TrainingConfig)})
 
     def crops(self) -> Crops:
         """The training batches. Reads all photos, so that one that cannot be read is known at the start."""
-        first = self if self.stages is None else self.stages[0]
-        size = (self.steps, first.batch, first.crop, self.seed)
+        size = (self.steps, self.sizes[0].batch, self.sizes[0].crop, self.seed)
         data = self.data.read(self.task, TRAINING)
         kind = PairedCrops if isinstance(data, list) else synthetic_crops
         crops: Crops = kind(self.task, data, *size)  # type: ignore[arg-type]
-        return crops if self.stages is None else crops.in_stages(self.stages)
+        return crops.in_stages(self.sizes)
 
     def validation_pairs(self) -> list[Pair]:
         """Of ``validation``, the same ones every time."""
@@ -130,10 +134,14 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on besides the training config, as plain data."""
-        data = {f.name: getattr(self.data, f.name) for f in fields(DataRecipe)}
-        what = {"model": self.model, "data": data, "task": self.task.config(), "weights": self.weights}
-        stages = None if self.stages is None else [asdict(stage) for stage in self.stages]
-        return {**what, "batch": self.batch, "crop": self.crop, "stages": stages, "seed": self.seed}
+        what: dict[str, Any] = {
+            "model": self.model, "data": asdict(self.data), "task": self.task.config(),
+            "weights": self.weights, "seed": self.seed,
+            "validation": None if self.validation is None else asdict(self.validation),
+        }  # fmt: skip
+        if self.stages is None:
+            return {**what, "batch": self.batch, "crop": self.crop}
+        return {**what, "stages": [asdict(stage) for stage in self.stages]}
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -149,6 +157,9 @@ def load_recipe(path: Path) -> Recipe:
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     try:
+        staged = isinstance(content, dict) and content.get("stages") is not None
+        if staged and (beside := [key for key in ("batch", "crop") if key in content]):
+            raise ValueError(f"stages say batch and crop; got {' and '.join(beside)} beside them")
         return _build(Recipe, content, "the recipe")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
@@ -166,14 +177,21 @@ def _build(kind: type[Any], content: Any, where: str) -> Any:
     missing = [name for name in needed if name not in content]
     if missing:
         raise ValueError(f"{where} must have {', '.join(missing)}")
-    return kind(**{key: _convert(types[key], value, key) for key, value in content.items()})
+    inner = "" if kind is Recipe else f"{where}."
+    values = {key: _convert(types[key], value, inner + key) for key, value in content.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(str(error) if kind is Recipe else f"{where}: {error}") from error
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:
+    if value is None and type(None) in get_args(kind):
+        return None
     if kind in (DataRecipe, DataRecipe | None):
         return _build(DataRecipe, value, key)
     if kind == list[Stage] | None:
-        if not isinstance(value, list) or not value:
+        if not isinstance(value, list):
             raise TypeError(f"{key} must be a list; got {value!r}")
         return [_build(Stage, stage, f"{key}[{i}]") for i, stage in enumerate(value)]
     if kind is Task:

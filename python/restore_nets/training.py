@@ -20,9 +20,11 @@ from restore_nets.data import Crops
 from restore_nets.files import written_whole
 from restore_nets.losses import HALF_WEIGHT, training_loss
 from restore_nets.metrics import SSIM_WINDOW
+from restore_nets.models.options import check_choice
 from restore_nets.restoring import scale_of
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 PHASES = ("forward", "loss", "backward", "optimizer")  # of a step
 ADAM_BETAS = (0.9, 0.99)
 MAX_GRADIENT_NORM = 1.0
@@ -37,9 +39,9 @@ class TrainingConfig:
         steps: number of optimizer steps.
         learning_rate: its highest value, after a linear warm-up; it then falls to 0 along a cosine.
         weight_decay: of AdamW, on matrices and kernels; not on biases, norms and temperatures.
-        precision: ``"float32"``, or ``"bfloat16"`` or, on CUDA devices, ``"float16"`` for autocast.
-            float16 scales the loss, so that small gradients do not vanish, and skips steps whose
-            gradients overflow.
+        precision: ``"float32"``, or ``"bfloat16"`` or, on CUDA devices, ``"float16"`` for autocast, or their
+            short names ``"fp32"``, ``"bf16"``, ``"fp16"``. float16 scales the loss, so that small gradients
+            do not vanish, and skips steps whose gradients overflow.
         device: as for ``torch.device``.
         workers: processes that prepare batches; 0 prepares them in this one.
         half_weight: of the loss at half resolution, beside 1 at full resolution; without effect on
@@ -69,8 +71,8 @@ class TrainingConfig:
         for name in ("weight_decay", "half_weight", "edge_weight", "ssim_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+        object.__setattr__(self, "precision", SHORT_PRECISIONS.get(self.precision, self.precision))
+        check_choice("precision", self.precision, (*PRECISIONS, *SHORT_PRECISIONS))
         if self.precision == "float16" and not self.device.startswith("cuda"):
             raise ValueError(
                 "precision float16 needs a CUDA device, bfloat16 works on all; "

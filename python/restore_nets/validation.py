@@ -45,7 +45,7 @@ class Validation:
         Raises:
             ValueError: the file is no such table.
         """
-        if not self.table.exists():  # validation is new to the run
+        if not self.table.exists():  # the run stopped before there was one
             return
         try:
             with self.table.open(newline="", encoding="utf-8") as file:
