@@ -1,8 +1,10 @@
-"""Options of the test run: the device, and the backends that it may not do without."""
+"""Options of the test run, device and backends that it may not do without, and a fixture of two files."""
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,3 +69,31 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # pytest-xdist: the workers share the cores
         torch.set_num_threads(1)
     os.environ.pop("RESTORE_KERNELS_BACKEND", None)  # the tests name their backends
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    """Writes a recipe of a tiny network, with these keys changed, or left out where they are None."""
+    from test_training import TINY, photo
+
+    from restore_nets.images import write_image
+
+    (tmp_path / "photos").mkdir()
+    write_image(tmp_path / "photos" / "a.png", photo().float() / 255)
+
+    def write(**changes: str | None) -> Path:
+        lines = {
+            "model": json.dumps(TINY),
+            "data": f"{{photos: {tmp_path / 'photos'}}}",
+            "out": str(tmp_path / "out"),
+            "steps": "5",
+            "batch": "2",
+            "crop": "16",
+            "checkpoint_every": "2",
+            **changes,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items() if value is not None))
+        return path
+
+    return write

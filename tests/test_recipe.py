@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,29 +19,6 @@ from restore_nets.tasks import create_task
 from restore_nets.training import Trainer, TrainingConfig
 
 STAGED = {"batch": None, "crop": None}  # which the stages say
-
-
-@pytest.fixture
-def recipe_file(tmp_path):
-    (tmp_path / "photos").mkdir()
-    write_image(tmp_path / "photos" / "a.png", photo().float() / 255)
-
-    def write(**changes: str | None) -> Path:
-        lines = {
-            "model": json.dumps(TINY),
-            "data": f"{{photos: {tmp_path / 'photos'}}}",
-            "out": str(tmp_path / "out"),
-            "steps": "5",
-            "batch": "2",
-            "crop": "16",
-            "checkpoint_every": "2",
-            **changes,
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items() if value is not None))
-        return path
-
-    return write
 
 
 class Silent:

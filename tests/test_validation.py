@@ -6,7 +6,7 @@ import csv
 
 import pytest
 import torch
-from test_recipe import Silent, recipe_file  # noqa: F401  (a fixture)
+from test_recipe import Silent
 from test_training import TINY, photo, same_weights, trainer
 
 from restore_nets import create_model, load_model
@@ -25,7 +25,7 @@ def rows(folder):
 
 
 @pytest.fixture
-def validated(recipe_file, tmp_path):  # noqa: F811
+def validated(recipe_file, tmp_path):
     """A recipe file with a folder of photos to validate on."""
     (tmp_path / "unseen").mkdir()
     for seed in (5, 6):
@@ -162,7 +162,7 @@ def test_the_average_is_of_the_weights_after_every_step():
     assert not same_weights(run.trained, run.model)
 
 
-def test_written_weights_are_the_average(recipe_file):  # noqa: F811
+def test_written_weights_are_the_average(recipe_file):
     recipe = load_recipe(recipe_file(ema_decay="0.9", learning_rate="1e-2"))
     weights = run_recipe(recipe, False, Silent())
     crops = recipe.crops()
@@ -192,7 +192,7 @@ def test_checkpoints_from_before_there_was_an_average_resume(tmp_path):
     assert same_weights(again.model, run.model)
 
 
-def test_validation_leaves_training_alone(validated, recipe_file, tmp_path):  # noqa: F811
+def test_validation_leaves_training_alone(validated, recipe_file, tmp_path):
     with_it = run_recipe(load_recipe(validated(out=str(tmp_path / "a"))), False, Silent())
     without = run_recipe(load_recipe(recipe_file(out=str(tmp_path / "b"))), False, Silent())
     assert same_weights(load_model(with_it), load_model(without))
