@@ -127,9 +127,9 @@ def recorded(name: str, backend: str, function: Callable[..., Any]) -> Callable[
         if _captured(device):
             return function(*args)
         with torch.profiler.record_function(f"restore_kernels::{name} ({backend})"):
-            start = _now(device)
+            start = now(device)
             results = function(*args)
-            _add(name, backend, start, _now(device), _bytes(args) + _bytes([results]))
+            _add(name, backend, start, now(device), _bytes(args) + _bytes([results]))
         return results
 
     return call
@@ -152,12 +152,12 @@ def recorded_eager(name: str, function: Callable[..., Tensor], args: Sequence[An
         started: list[Any] = []
 
         def from_here(_: Any) -> None:
-            started[:] = [_now(device)]
+            started[:] = [now(device)]
 
         def until_here(_: Any) -> None:
             """The first gradient counts the call, the others what they came later."""
             first = len(started) == 1
-            started.append(_now(device))
+            started.append(now(device))
             start, end = started[-2:]
             _add(f"{name}_backward", "eager", start, end, moved if first else 0, calls=int(first))
 
@@ -174,7 +174,7 @@ def _add(name: str, backend: str, start: Any, end: Any, moved: int, calls: int =
         records._add(key, start, end, moved, calls)
 
 
-def _now(device: torch.device) -> Any:
+def now(device: torch.device) -> Any:
     """Seconds, or on a GPU an event: the host does not wait for it."""
     if device.type != "cuda":
         return time.perf_counter()

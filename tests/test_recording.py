@@ -216,7 +216,7 @@ class FakeEvent:
 
 def test_gpu_times_are_read_late(monkeypatch):
     """Nothing waits for the device before the records are read; then every call counts."""
-    monkeypatch.setattr(recording, "_now", lambda _: FakeEvent())
+    monkeypatch.setattr(recording, "now", lambda _: FakeEvent())
     monkeypatch.setattr(FakeEvent, "waits", 0)
     x = leaves()
     calls = 2 * recording._PENDING

@@ -66,7 +66,7 @@ class Reached:
 
 
 def test_phases_are_between_events_of_the_device(monkeypatch):
-    monkeypatch.setattr(profiling, "_now", lambda device: Reached())
+    monkeypatch.setattr(profiling.recording, "now", lambda device: Reached())
     alternative = Alternative(tiny("panet"), OURS)
     for _ in range(3):
         alternative()

@@ -41,6 +41,7 @@ class LossCurves:
         return cls(data["ours"], data["narrow"], Agreement(**data["agreement"]))
 
 
+@exact_products()
 def loss_curves(
     step: Step, steps: int = STEPS, *, first_steps: int = FIRST_STEPS,
     on_stage: Callable[[str], object] = lambda stage: None,
@@ -59,13 +60,6 @@ def loss_curves(
         recipe = step.recipe(model, steps)
         return Trainer(model, recipe.crops(), recipe.training_config())
 
-    with exact_products():
-        return _loss_curves(trainer, step, first_steps, on_stage)
-
-
-def _loss_curves(
-    trainer: Callable[[Step], Trainer], step: Step, first_steps: int, on_stage: Callable[[str], object]
-) -> LossCurves:
     ours, narrow = trainer(step), trainer(replace(step, dtype="bf16"))
     for name, run in (("losses of ours", ours), ("losses in bfloat16", narrow)):
         on_stage(name)

@@ -11,7 +11,6 @@ import gc
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +22,7 @@ import torch
 from torch import nn
 
 import restore_kernels
+from restore_kernels import recording
 from restore_kernels.profiling.machine import machine, peak_extra_memory
 from restore_kernels.profiling.measure import Timing, interleave
 from restore_nets.attribution import Breakdown, Ranges, break_down
@@ -166,7 +166,7 @@ class Alternative:
         degraded, clean = self.trainer.crops[0]
         self.batch = self.in_format((degraded.to(self.device), clean.to(self.device)))
         # When each phase of each step began and ended.
-        self.moments: dict[str, list[tuple[Moment, Moment]]] = {phase: [] for phase in PHASES}
+        self.moments: dict[str, list[tuple[Any, Any]]] = {phase: [] for phase in PHASES}
 
     @property
     def device(self) -> torch.device:
@@ -178,9 +178,9 @@ class Alternative:
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
-        began = _now(self.device)
+        began = recording.now(self.device)
         yield
-        self.moments[phase].append((began, _now(self.device)))
+        self.moments[phase].append((began, recording.now(self.device)))
 
     def __call__(self) -> float:
         return self._step(self._timed)
@@ -221,22 +221,9 @@ class Alternative:
                 weight.mul_(torch.where(up, 1 + epsilon, 1 - epsilon))
 
 
-# By the clock, or on a GPU when the device gets there: nothing waits for it that would not anyway.
-Moment = float | torch.cuda.Event
-
-
-def _now(device: torch.device) -> Moment:
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-def _seconds_between(began: Moment, ended: Moment) -> float:
-    if isinstance(began, float) and isinstance(ended, float):
-        return ended - began
-    return began.elapsed_time(ended) * 1e-3  # type: ignore[union-attr]
+def _seconds_between(began: Any, ended: Any) -> float:
+    """Of two moments of ``recording.now``; of events, once the device has got there."""
+    return ended - began if isinstance(ended, float) else began.elapsed_time(ended) * 1e-3
 
 
 def baseline(rows: Mapping[str, Mapping[str, Any]]) -> str:

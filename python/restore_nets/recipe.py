@@ -122,8 +122,8 @@ class Recipe:
         """The training batches. Reads all photos, so that one that cannot be read is known at the start."""
         size = (self.steps, self.sizes[0].batch, self.sizes[0].crop, self.seed)
         data = self.data.read(self.task, TRAINING)
-        kind = PairedCrops if isinstance(data, list) else synthetic_crops
-        crops: Crops = kind(self.task, data, *size)  # type: ignore[arg-type]
+        paired = isinstance(data, list)
+        crops = PairedCrops(self.task, data, *size) if paired else synthetic_crops(self.task, data, *size)
         return crops.in_stages(self.sizes)
 
     def validation_pairs(self) -> list[Pair]:
