@@ -19,7 +19,7 @@ namespace restore_kernels {
 inline namespace CPU_CAPABILITY {
 namespace row_products {
 
-// Sums, the vectors of B and one of A fit the register file.
+// The sums, the vectors of the shorter side and one of the longer fit the register file.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kRows = 6, kColumns = 4;
 #else
@@ -67,11 +67,20 @@ inline __attribute__((always_inline)) void block(Matrix<const T> a, Matrix<const
   for (int64_t begin = 0; begin < whole; begin += kStretch * Vec::size()) {
     const int64_t end = std::min(whole, begin + kStretch * Vec::size());
     for (int64_t n = begin; n < end; n += Vec::size()) {
-      Vec b_n[columns];
-      for (int j = 0; j < columns; ++j) b_n[j] = Vec::loadu(b.data + j * b.row + n);
-      for (int i = 0; i < rows; ++i) {
-        const Vec a_n = Vec::loadu(a.data + i * a.row + n);
-        for (int j = 0; j < columns; ++j) sum[i][j] = at::vec::fmadd(a_n, b_n[j], sum[i][j]);
+      if constexpr (rows < columns) {
+        Vec a_n[rows];
+        for (int i = 0; i < rows; ++i) a_n[i] = Vec::loadu(a.data + i * a.row + n);
+        for (int j = 0; j < columns; ++j) {
+          const Vec b_n = Vec::loadu(b.data + j * b.row + n);
+          for (int i = 0; i < rows; ++i) sum[i][j] = at::vec::fmadd(a_n[i], b_n, sum[i][j]);
+        }
+      } else {
+        Vec b_n[columns];
+        for (int j = 0; j < columns; ++j) b_n[j] = Vec::loadu(b.data + j * b.row + n);
+        for (int i = 0; i < rows; ++i) {
+          const Vec a_n = Vec::loadu(a.data + i * a.row + n);
+          for (int j = 0; j < columns; ++j) sum[i][j] = at::vec::fmadd(a_n, b_n[j], sum[i][j]);
+        }
       }
     }
     idle();

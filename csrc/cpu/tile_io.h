@@ -52,6 +52,27 @@ inline void transpose_block(const float* source, int64_t source_row, float* targ
     _mm512_storeu_ps(target + (12 + c) * target_row, _mm512_shuffle_f32x4(b[4 + c], b[12 + c], 0xdd));
   }
 }
+#elif defined(CPU_CAPABILITY_AVX2)
+// Half rows are joined as they are loaded, which leaves two steps of shuffles for 8 x 8 numbers.
+inline void transpose_block(const float* source, int64_t source_row, float* target, int64_t target_row) {
+  auto low = [](__m256 x, __m256 y) { return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(x), _mm256_castps_pd(y))); };
+  auto high = [](__m256 x, __m256 y) { return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(x), _mm256_castps_pd(y))); };
+  for (int i = 0; i < kBlock; i += 8)
+    for (int j = 0; j < kBlock; j += 4) {
+      __m256 a[4];
+      for (int r = 0; r < 4; ++r) {  // four numbers of row i + r, four of row i + r + 4
+        const float* from = source + (i + r) * source_row + j;
+        a[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)), _mm_loadu_ps(from + 4 * source_row), 1);
+      }
+      const __m256 first = _mm256_unpacklo_ps(a[0], a[1]), second = _mm256_unpackhi_ps(a[0], a[1]);
+      const __m256 third = _mm256_unpacklo_ps(a[2], a[3]), fourth = _mm256_unpackhi_ps(a[2], a[3]);
+      float* to = target + j * target_row + i;
+      _mm256_storeu_ps(to, low(first, third));
+      _mm256_storeu_ps(to + target_row, high(first, third));
+      _mm256_storeu_ps(to + 2 * target_row, low(second, fourth));
+      _mm256_storeu_ps(to + 3 * target_row, high(second, fourth));
+    }
+}
 #endif
 
 template <typename T>
