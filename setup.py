@@ -8,8 +8,8 @@ stable ABI, for TORCH_CUDA_ARCH_LIST or else for Ampere, Hopper and Blackwell.
 
 RESTORE_KERNELS_BUILD=native builds for this machine alone, in a fifth of the time: one instruction set, and
 the CUDA library only for the GPUs that are here. RESTORE_KERNELS_BUILD=tests builds what the tests look at:
-every instruction set, and the CUDA library for the GPUs that are here, or else for Hopper. Both give CUDA
-kernels the line numbers that profilers show.
+every instruction set that this machine has, and the CUDA library for the GPUs that are here, or else for
+Hopper. Both give CUDA kernels the line numbers that profilers show.
 """
 
 import os
@@ -55,17 +55,26 @@ def compiled_extensions():
     architectures = (
         os.environ.get("TORCH_CUDA_ARCH_LIST") or (choice != "all" and found) or CUDA_ARCHITECTURES[choice]
     )
-    capability = torch.backends.cpu.get_cpu_capability().lower() if X86 else "default"
     # What takes longest first, so that no core waits for it in the end.
     libraries = (
         {"_cuda": cuda_library(architectures, choice != "all")} if architectures and has_nvcc() else {}
     )
-    libraries |= {
-        f"_cpu_{x}": cpu_library(x) for x in INSTRUCTION_SETS if choice != "native" or x == capability
-    }
+    libraries |= {f"_cpu_{x}": cpu_library(x) for x in instruction_sets(choice)}
     extensions = [Extension(f"restore_kernels.{name}", []) for name in libraries]
     parts = [cpu_objects(), *libraries.values()]
     return {"ext_modules": extensions, "cmdclass": {"build_ext": ninja_build(parts)}}
+
+
+def instruction_sets(choice):
+    """Those to build for, the richest first: all, or what this machine has, or the best of that."""
+    import torch
+
+    every = list(INSTRUCTION_SETS)
+    if choice == "all":
+        return every
+    best = torch.backends.cpu.get_cpu_capability().lower() if X86 else "default"
+    had = every[every.index(best) :] if best in every else []
+    return had[:1] if choice == "native" else had
 
 
 def ninja_build(parts):
