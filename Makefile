@@ -6,13 +6,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test lint bench results gpu gpu-test gpu-sanitize gpu-bench gpu-steps clean
+.PHONY: demo test test-device-code lint bench results gpu gpu-test gpu-sanitize gpu-bench gpu-steps clean
 
 demo: $(VENV)/built
 	$(BIN)/restore-nets demo --out out/demo
 
-test: lint $(VENV)/built-all
-	$(BIN)/python -m pytest --require-backends cpu,triton,cuda --numprocesses auto --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --require-backends cpu,triton,cuda --numprocesses auto --dist loadfile --no-loadscope-reorder
+DEVICE_CODE := tests/test_triton_compiled.py tests/test_cuda_device.py tests/test_cuda_sanitizer.py
+
+test: lint $(VENV)/built-tests
+	$(PYTEST) $(DEVICE_CODE:%=--ignore=%)
+
+# What compilers make of the kernels for GPUs that are not here, and CUDA kernels on the host under AddressSanitizer:
+# minutes of compiling, for what changes only with those kernels.
+test-device-code: $(VENV)/built-device-code
+	$(PYTEST) $(DEVICE_CODE)
 
 lint: $(VENV)/installed-all
 	$(BIN)/ruff check .
@@ -75,8 +83,12 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	RESTORE_KERNELS_BUILD=native $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
-$(VENV)/built-all: $(VENV)/built $(VENV)/installed-all
+$(VENV)/built-tests: $(VENV)/built $(VENV)/installed-all
 	RESTORE_KERNELS_BUILD=tests $(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+$(VENV)/built-device-code: $(VENV)/built-tests
+	TORCH_CUDA_ARCH_LIST=9.0a RESTORE_KERNELS_BUILD=tests $(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
 clean:

@@ -7,9 +7,8 @@ Where nvcc is, also without a GPU and for a CPU build of PyTorch, the CUDA libra
 stable ABI, for TORCH_CUDA_ARCH_LIST or else for Ampere, Hopper and Blackwell.
 
 RESTORE_KERNELS_BUILD=native builds for this machine alone, in a fifth of the time: one instruction set, and
-the CUDA library only for the GPUs that are here. RESTORE_KERNELS_BUILD=tests builds what the tests look at:
-every instruction set that this machine has, and the CUDA library for the GPUs that are here, or else for
-Hopper. Both give CUDA kernels the line numbers that profilers show.
+the CUDA library only for the GPUs that are here. RESTORE_KERNELS_BUILD=tests builds every instruction set
+that this machine has. Both give CUDA kernels the line numbers that profilers show.
 """
 
 import os
@@ -34,8 +33,8 @@ INSTRUCTION_SETS = {
 } if X86 else {"default": []}  # fmt: skip
 # Sources of the CPU library that compute nothing: compiled once, for any processor, and linked to every set.
 WITHOUT_KERNELS = ("autograd", "calls", "result_memory")
-# By what is asked for. But for "all", those of the GPUs that are here come first.
-CUDA_ARCHITECTURES = {"all": "8.0;9.0a;10.0+PTX", "tests": "9.0a", "native": ""}
+CHOICES = ("all", "tests", "native")
+CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 OLDEST_NVCC = (12, 8)  # the first that knows compute capability 10.0
 
 
@@ -48,12 +47,12 @@ def compiled_extensions():
                  "(pip install torch ninja pybind11), then run: "
                  "pip install --no-build-isolation -e .")  # fmt: skip
     choice = os.environ.get("RESTORE_KERNELS_BUILD", "all")
-    if choice not in CUDA_ARCHITECTURES:
-        sys.exit(f"RESTORE_KERNELS_BUILD must be one of {', '.join(CUDA_ARCHITECTURES)}; got {choice!r}")
+    if choice not in CHOICES:
+        sys.exit(f"RESTORE_KERNELS_BUILD must be one of {', '.join(CHOICES)}; got {choice!r}")
     gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     found = ";".join(f"{major}.{minor}" + "a" * (major == 9) for major, minor in sorted(gpus))
-    architectures = (
-        os.environ.get("TORCH_CUDA_ARCH_LIST") or (choice != "all" and found) or CUDA_ARCHITECTURES[choice]
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or (
+        CUDA_ARCHITECTURES if choice == "all" else found
     )
     # What takes longest first, so that no core waits for it in the end.
     libraries = (
