@@ -6,21 +6,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test test-device-code lint bench results gpu gpu-test gpu-sanitize gpu-bench gpu-steps clean
+.PHONY: demo test test-compilers lint bench results gpu gpu-test gpu-sanitize gpu-bench gpu-steps clean
 
 demo: $(VENV)/built
 	$(BIN)/restore-nets demo --out out/demo
 
 PYTEST := $(BIN)/python -m pytest --require-backends cpu,triton,cuda --numprocesses auto --dist loadfile --no-loadscope-reorder
-DEVICE_CODE := tests/test_triton_compiled.py tests/test_cuda_device.py tests/test_cuda_sanitizer.py
+FOR_COMPILERS := $(patsubst %,tests/test_%.py,compiling triton_compiled cuda_device cuda_sanitizer)
 
 test: lint $(VENV)/built-tests
-	$(PYTEST) $(DEVICE_CODE:%=--ignore=%)
+	$(PYTEST) $(FOR_COMPILERS:%=--ignore=%)
 
-# What compilers make of the kernels for GPUs that are not here, and CUDA kernels on the host under AddressSanitizer:
-# minutes of compiling, for what changes only with those kernels.
-test-device-code: $(VENV)/built-device-code
-	$(PYTEST) $(DEVICE_CODE)
+# What takes compilers minutes: whole networks and their gradients under torch.compile, kernels for GPUs that are not
+# here, and CUDA kernels on the host under AddressSanitizer.
+test-compilers: $(VENV)/built-compilers
+	$(PYTEST) $(FOR_COMPILERS)
 
 lint: $(VENV)/installed-all
 	$(BIN)/ruff check .
@@ -87,7 +87,7 @@ $(VENV)/built-tests: $(VENV)/built $(VENV)/installed-all
 	RESTORE_KERNELS_BUILD=tests $(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
-$(VENV)/built-device-code: $(VENV)/built-tests
+$(VENV)/built-compilers: $(VENV)/built-tests
 	TORCH_CUDA_ARCH_LIST=9.0a RESTORE_KERNELS_BUILD=tests $(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
