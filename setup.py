@@ -7,8 +7,8 @@ Where nvcc is, also without a GPU and for a CPU build of PyTorch, the CUDA libra
 stable ABI, for TORCH_CUDA_ARCH_LIST or else for Ampere, Hopper and Blackwell.
 
 RESTORE_KERNELS_BUILD=native builds for this machine alone, in a fifth of the time: one instruction set, and
-the CUDA library only for the GPUs that are here. RESTORE_KERNELS_BUILD=tests builds every instruction set
-that this machine has. Both give CUDA kernels the line numbers that profilers show.
+the CUDA library only for the GPUs that are here. RESTORE_KERNELS_BUILD=tests is the same with
+every instruction set that this machine has. Both give CUDA kernels the line numbers that profilers show.
 """
 
 import os
