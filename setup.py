@@ -163,9 +163,11 @@ def cuda_library(architectures, line_numbers):
         number = name.removesuffix("+PTX").replace(".", "")
         code = f"[sm_{number},compute_{number}]" if name.endswith("+PTX") else f"sm_{number}"
         flags.append(f"-gencode=arch=compute_{number},code={code}")
+    # torch brings a CUDA build's torch_cuda, of which only a weak symbol is wanted, the current stream.
     return library(
         "_cuda", (ROOT / "csrc/cuda").glob("*.cu"), compile=f"nvcc {' '.join(flags)}",
-        link="nvcc", libraries="-lc10 -ltorch_cpu", report=" > $out.txt 2>&1 || (cat $out.txt; false)",
+        link="nvcc", libraries="-Xlinker --no-as-needed -ltorch -lc10 -ltorch_cpu",
+        report=" > $out.txt 2>&1 || (cat $out.txt; false)",
     )  # fmt: skip
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -57,6 +59,15 @@ def test_library_loads_on_this_pytorch():
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"nvcc {cuda_device.compiler()}, sm ")
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
+def test_library_brings_what_knows_the_current_stream():
+    """PyTorch's torch_cuda, by way of torch: without it a CUDA build of PyTorch gives kernels no stream."""
+    if not LIBRARY.exists():
+        pytest.skip("the library was not built here")
+    output = subprocess.run(["readelf", "-d", LIBRARY], capture_output=True, text=True, check=True).stdout
+    assert {"libtorch.so", "libtorch_cpu.so"} <= set(re.findall(r"\(NEEDED\).*\[(.*)\]", output))
 
 
 def test_a_library_that_does_not_load(monkeypatch, tmp_path):

@@ -32,7 +32,8 @@ inline void check_blocks(int64_t blocks) {
 
 #include <cuda_runtime.h>
 
-// A CPU build of PyTorch lacks it; the library must load there all the same.
+// A CPU build of PyTorch lacks it; the library must load there all the same. It is in a library of PyTorch's that
+// torch_cpu does not need: without -ltorch (setup.py) it would not be found in a CUDA build either.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace restore_kernels {
