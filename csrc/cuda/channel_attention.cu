@@ -126,10 +126,10 @@ Tensor gram(const Call& call, const Tensor& a, const Tensor& b, int64_t groups) 
   // One wave of blocks, but chunks of no less than two tiles: what is written of one is read again.
   const int64_t tiles = ceil_divide(call.pixels, kTilePixels<T>);
   const int64_t products = ceil_divide(p.a_rows, kTile) * ceil_divide(p.b_rows, kTile);
-  const int64_t blocks = std::max<int64_t>(1, matrices * products);
+  const int64_t blocks = matrices * products;  // of every chunk
   constexpr bool narrow = sizeof(T) == 2;
   const int at_once = narrow && !call.mask ? kGramBlocks<false> : kGramBlocks<true>;
-  const int64_t wanted = std::max<int64_t>(1, at_once * processors() / blocks);
+  const int64_t wanted = std::max<int64_t>(1, at_once * processors() / std::max<int64_t>(1, blocks));
   p.chunk = std::max<int64_t>(2, ceil_divide(tiles, wanted)) * kTilePixels<T>;
   p.chunks = ceil_divide(call.pixels, p.chunk);
   const Tensor partials = empty_float32(a, {matrices, p.chunks, p.size()});
