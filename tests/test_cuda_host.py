@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import host_kernels
@@ -124,6 +125,26 @@ def test_matrix_fragments(kernels, dtype):
     kernels.multiply(name, a_registers.data_ptr(), b_registers.data_ptr(), d.data_ptr(), 0)
     for i, place in enumerate(accumulator):
         assert torch.equal(d[:, i], (c + a @ b)[place].float())
+
+
+@pytest.mark.parametrize(
+    ("start", "product", "expected"),
+    [
+        (1.0, 2.0**-25, 1.0),  # below the bit after the last place of the largest term: none of them counts
+        (1.0, 2.0**-24, 1 + 2.0**-21),  # half a place each, eight of them: four places
+        (-1.0, 2.0**-24 + 2.0**-30, -1 + 2.0**-21),
+        (3.0, 1.0, 11.0),
+        (0.0, 2.0**-130, 2.0**-127),
+        (float("inf"), 1.0, float("inf")),
+        (float("nan"), 1.0, float("nan")),
+    ],
+)
+def test_matrix_instructions_cut_sums_off(kernels, start, product, expected):
+    a, b = torch.zeros(32, 4), torch.full((32, 2), 2.0 ** (math.frexp(product)[1] // 2))
+    a[:] = product / b[0, 0]  # of every k
+    d = torch.full((32, 4), start)
+    kernels.multiply("float32", a.data_ptr(), b.data_ptr(), d.data_ptr(), 0)
+    torch.testing.assert_close(d, torch.full((32, 4), expected), rtol=0, atol=0, equal_nan=True)
 
 
 def test_loading_matrices(kernels):

@@ -52,7 +52,7 @@ __device__ __forceinline__ float sum_of_group(float x) {
   return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-union GramStorage {
+union alignas(16) GramStorage {  // copy_async
   Tile tiles[kStages][2];  // of a, of b
   struct {
     float product[kTile][kTile];

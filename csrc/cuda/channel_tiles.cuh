@@ -10,7 +10,7 @@
 // memory is multiplied by one warp alone.
 //
 // Arithmetic. float32 is multiplied in three tf32 products (high·high + high·low + low·high), whose error is
-// that of float32. 16-bit elements are multiplied as they are, their products being exact, or, WIDE, as
+// that of float32, added up by add_rounded. 16-bit elements are multiplied as they are, their products being exact, or, WIDE, as
 // tf32, which holds them exactly too: where the other factor is float32, because a gate or a matrix of
 // gradients beyond float16's range must not be rounded to 16 bits.
 #pragma once
@@ -135,14 +135,18 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const Pairs<T, 4>& a
   multiply_m16n8k16<T>(d, a.pair, b.pair);
 }
 __device__ __forceinline__ void multiply_add(float (&d)[4], const Exact<4>& a, const Split<2>& b) {
-  multiply_m16n8k8(d, a.value, b.low);
-  multiply_m16n8k8(d, a.value, b.high);
+  add_rounded(d, [&](float (&sum)[4]) {
+    multiply_m16n8k8(sum, a.value, b.low);
+    multiply_m16n8k8(sum, a.value, b.high);
+  });
 }
 __device__ __forceinline__ void multiply_add(float (&d)[4], const Split<4>& a, const Split<2>& b,
                                              bool exact_b = false) {
-  multiply_m16n8k8(d, a.low, b.high);
-  if (!exact_b) multiply_m16n8k8(d, a.high, b.low);
-  multiply_m16n8k8(d, a.high, b.high);
+  add_rounded(d, [&](float (&sum)[4]) {
+    multiply_m16n8k8(sum, a.low, b.high);
+    if (!exact_b) multiply_m16n8k8(sum, a.high, b.low);
+    multiply_m16n8k8(sum, a.high, b.high);
+  });
 }
 
 }  // namespace restore_kernels::channel

@@ -8,6 +8,7 @@
 //   copy_async, commit_copies, wait_for_copies   16 bytes from global to shared memory (cp.async)
 //   load_matrices                four 8 x 8 matrices of 16-bit elements into registers of one warp (ldmatrix)
 //   to_tf32, multiply_m16n8k8, multiply_m16n8k16 matrix instructions of one warp (mma.sync)
+//   add_rounded                  adds what a few of them make to sums that must have float32's own error
 //
 // On the host a copy happens either at once or when it is waited for, by the seed, so that a missing wait
 // shows and so does a copy over what is still read; addresses that are not multiples of 16 are errors.
@@ -275,6 +276,26 @@ struct Pair {
   static float element(unsigned word, unsigned e) { return e ? unpack<T>(word).y : unpack<T>(word).x; }
 };
 
+// The sum as matrix units make it, of terms that are exact: they are cut off one bit below the last place of the
+// largest of them, added up, and the sum is cut off to float32, all towards zero. (Fasi et al., "Numerical behavior
+// of NVIDIA tensor cores", 2021; Hopper keeps a bit more.)
+template <unsigned count>
+float sum_cut_off(const float (&terms)[count]) {
+  float largest = 0, plain = 0;
+  for (const float x : terms) {
+    largest = std::max(largest, std::abs(x));
+    plain += x;
+  }
+  const int exponent = static_cast<int>(__float_as_uint(largest) >> 23);  // with its bias of 127
+  if (exponent < 30 || exponent == 255 || plain != plain) return plain;   // next to nothing, or not finite
+  const float scale = __uint_as_float(static_cast<unsigned>(127 + 24 - (exponent - 127)) << 23);
+  int64_t sum = 0;  // in units of the bit below the last place of the largest
+  for (const float x : terms) sum += static_cast<int64_t>(static_cast<double>(x) * scale);
+  const int excess = std::bit_width(static_cast<uint64_t>(std::abs(sum))) - 24;
+  if (excess > 0) sum = sum / (int64_t{1} << excess) * (int64_t{1} << excess);
+  return static_cast<float>(sum / static_cast<double>(scale));
+}
+
 // d += a b for one warp: the registers become matrices, are multiplied, and go back.
 template <typename Register>
 void multiply(const char* call, Fragments mine, const std::source_location& where) {
@@ -293,8 +314,11 @@ void multiply(const char* call, Fragments mine, const std::source_location& wher
     }
     for (unsigned lane = 0; lane < kWarp; ++lane) {
       float(&d)[4] = *static_cast<const Fragments*>(arguments[lane])->d;
-      for (unsigned i = 0; i < 4; ++i)
-        for (unsigned k = 0; k < depth; ++k) d[i] += a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
+      for (unsigned i = 0; i < 4; ++i) {
+        float terms[depth + 1] = {d[i]};
+        for (unsigned k = 0; k < depth; ++k) terms[k + 1] = a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
+        d[i] = sum_cut_off(terms);
+      }
     }
   };
   Block::current().meet(call, 0xffffffff, &mine, combine, where);
@@ -315,3 +339,17 @@ void multiply_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b
 }  // namespace restore_kernels
 
 #endif
+
+namespace restore_kernels {
+
+// d += what `instructions` add to zeros. Matrix units cut their sums off towards zero, by up to a unit in the last place
+// at every instruction: along thousands of them that is a hundred times float32's own error. Ordinary additions round.
+template <typename F>
+__device__ __forceinline__ void add_rounded(float (&d)[4], const F& instructions) {
+  float sum[4] = {};
+  instructions(sum);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] += sum[i];
+}
+
+}  // namespace restore_kernels

@@ -103,9 +103,11 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const Half<float>& t
                                              const Half<float>& b) {
   const unsigned low[4] = {top.low[0], bottom.low[0], top.low[1], bottom.low[1]};
   const unsigned high[4] = {top.high[0], bottom.high[0], top.high[1], bottom.high[1]};
-  multiply_m16n8k8(d, low, b.high);
-  multiply_m16n8k8(d, high, b.low);
-  multiply_m16n8k8(d, high, b.high);
+  add_rounded(d, [&](float (&sum)[4]) {
+    multiply_m16n8k8(sum, low, b.high);
+    multiply_m16n8k8(sum, high, b.low);
+    multiply_m16n8k8(sum, high, b.high);
+  });
 }
 
 // Words [word, word + 8) of the pixels SPREAD group + offset, offset 0 to SPREAD + 1.

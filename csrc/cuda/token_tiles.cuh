@@ -6,7 +6,7 @@
 //   Narrow<T>  bfloat16 or float16 as they come, by mma.m16n8k16. The norms of normalised rows scale the
 //              products, which are exact; probabilities and gradients of scores are rounded to T.
 //   Wide       float32, in three tf32 products (high·high + high·low + low·high), whose error is that of
-//              float32. Rows are divided by their norms in shared memory. Also for bfloat16 and float16 in
+//              float32, added up by add_rounded. Rows are divided by their norms in shared memory. Also for bfloat16 and float16 in
 //              rows shorter than 16: the gradients of the shortest normalised rows are what is left of
 //              larger terms that cancel, and similarities of ±1 are wanted exactly. And in rows longer than 64.
 //
@@ -194,10 +194,12 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const Operand<K, 4>&
   if constexpr (K::kNarrow) {
     multiply_m16n8k16<typename K::Element>(d, a.pair, b.pair);
   } else {
-    if constexpr (SWAPPED) multiply_m16n8k8(d, a.high, b.low);
-    multiply_m16n8k8(d, a.low, b.high);
-    if constexpr (!SWAPPED) multiply_m16n8k8(d, a.high, b.low);
-    multiply_m16n8k8(d, a.high, b.high);
+    add_rounded(d, [&](float (&sum)[4]) {
+      if constexpr (SWAPPED) multiply_m16n8k8(sum, a.high, b.low);
+      multiply_m16n8k8(sum, a.low, b.high);
+      if constexpr (!SWAPPED) multiply_m16n8k8(sum, a.high, b.low);
+      multiply_m16n8k8(sum, a.high, b.high);
+    });
   }
 }
 
