@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from restore_kernels import native
+
 NO_KERNELS = "it has no kernels for this operator"
 NO_CUDA = {"cuda": NO_KERNELS}
 
 MOST_CHANNELS, MOST_BRANCHES = 256, 32  # csrc/cuda/channel_rows.cuh
 MOST_TOKEN_COLUMNS, MOST_TOKEN_BRANCHES = 128, 8  # csrc/cuda/token_launch.h, csrc/cuda/token_weights.cuh
+# Longer rows need more shared memory than every GPU has: csrc/cuda/channel_apply.cuh, token_launch.h.
+SHORT_CHANNELS, SHORT_TOKEN_COLUMNS = 48, 64
+SHARED_BYTES_OF_MANY = 163 * 1024  # csrc/cuda/launch.h
 
 
 def of_cuda(reason: str | None) -> dict[str, str]:
@@ -22,7 +27,7 @@ def cuda_channels(q: Tensor, branches: int = 1) -> str | None:
         return f"its channel kernels take heads of at most {MOST_CHANNELS} channels, got {q.shape[2]}"
     if branches > MOST_BRANCHES:
         return f"its channel kernels take at most {MOST_BRANCHES} branches, got {branches}"
-    return None
+    return little_shared_memory(q) if q.shape[2] > SHORT_CHANNELS else None
 
 
 def cuda_tokens(q: Tensor, v: Tensor, branches: int = 1) -> str | None:
@@ -33,4 +38,9 @@ def cuda_tokens(q: Tensor, v: Tensor, branches: int = 1) -> str | None:
             return f"{most}, those of {name} have {x.shape[3]}"
     if branches > MOST_TOKEN_BRANCHES:
         return f"its token kernels take at most {MOST_TOKEN_BRANCHES} branches, got {branches}"
-    return None
+    return little_shared_memory(q) if max(q.shape[3], v.shape[3]) > SHORT_TOKEN_COLUMNS else None
+
+
+def little_shared_memory(x: Tensor) -> str | None:
+    """Why kernels whose blocks need much shared memory do not run where x is, or None."""
+    return native.why_little_shared_memory(x.device.type, x.device.index, SHARED_BYTES_OF_MANY)

@@ -214,8 +214,8 @@ struct ApplyStorage {  // followed by slots of SIDES matrix tiles
 
 inline int apply_slots(int inner) { return inner > kTile ? kStages : 1; }
 template <typename M, int SIDES>
-size_t apply_shared_bytes(int inner) {
-  return sizeof(ApplyStorage<SIDES>) + apply_slots(inner) * SIDES * sizeof(MatrixTile<M>);
+constexpr size_t apply_shared_bytes(int slots) {
+  return sizeof(ApplyStorage<SIDES>) + slots * SIDES * sizeof(MatrixTile<M>);
 }
 
 // Grid: B * groups * runs * row tiles, these running fastest. With two sides rows = inner, and the x of

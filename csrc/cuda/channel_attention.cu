@@ -194,7 +194,9 @@ void launch_apply(const Call& call, const std::array<Stream, SIDES>& streams, in
   p.run = std::max<int64_t>(1, ceil_divide(tiles * matrices * row_tiles, 4 * processors()));
   p.run = std::min(p.run, tiles);
   p.runs = ceil_divide(tiles, p.run);
-  launch(channel_apply_kernel<T, M, SIDES>, matrices * p.runs * row_tiles, kThreads, apply_shared_bytes<M, SIDES>(inner), p);
+  static_assert(apply_shared_bytes<M, 1>(kStages) <= kSharedEverywhere && apply_shared_bytes<M, 2>(1) <= kSharedEverywhere);
+  static_assert(apply_shared_bytes<M, 2>(kStages) <= kSharedOfMany);  // more channels than a tile has
+  launch(channel_apply_kernel<T, M, SIDES>, matrices * p.runs * row_tiles, kThreads, apply_shared_bytes<M, SIDES>(apply_slots(inner)), p);
 }
 
 template <typename T, int SIDES>

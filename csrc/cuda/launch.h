@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -19,6 +20,9 @@ namespace restore_kernels {
 
 constexpr int64_t kMostBlocks = 0x7fffffff;  // of a grid along x
 constexpr size_t kSharedWithoutAsking = 48 * 1024;
+// Of a block: what every GPU from compute capability 8.0 on has, and what those of servers have, for which coverage.py
+// asks before a kernel that needs it is chosen.
+constexpr size_t kSharedEverywhere = 99 * 1024, kSharedOfMany = 163 * 1024;
 
 inline void check_blocks(int64_t blocks) {
   if (blocks < 0 || blocks > kMostBlocks)
@@ -41,8 +45,9 @@ namespace restore_kernels {
 using OnDevice = torch::stable::accelerator::DeviceGuard;
 
 inline void check(cudaError_t status, const char* call) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string(call) + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would be told of it, too
+  throw std::runtime_error(std::string(call) + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
 }
 
 inline int current_device() {
@@ -65,7 +70,10 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t d
   void* stream;
   if (!aoti_torch_get_current_cuda_stream || aoti_torch_get_current_cuda_stream(current_device(), &stream))
     throw std::runtime_error("PyTorch gives no CUDA stream");
+  static std::mutex asking;
+  std::unique_lock<std::mutex> alone(asking, std::defer_lock);
   if (dynamic_bytes > kSharedWithoutAsking) {
+    alone.lock();  // until the launch: another thread may ask for less
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_bytes)),
           "cudaFuncSetAttribute");
   }

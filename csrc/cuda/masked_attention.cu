@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_token(const Tensor& q, const
     const MaskedForward problem{inputs(q, k, v, mask, temperature, normalize), splits.count, splits.rows,
                                 out.data_ptr(), rounded ? floats(wide_out) : nullptr, floats(log_sum_exp),
                                 floats(partials), floats(statistics)};
-    launch(masked_token_kernel<K, DIM>, blocks * splits.count, kThreads, sizeof(Shared), problem);
+    launch_with<Shared, DIM>(masked_token_kernel<K, DIM>, blocks * splits.count, problem);
     if (splits.count > 1)
       launch(masked_token_combine_kernel, batch * heads * queries, kCombineThreads, 0, problem);
   });
@@ -76,10 +76,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention_token_backwa
   problem.partial_k = floats(partial_k);
   problem.partial_v = floats(partial_v);
   with_kind(q, v, [&]<typename K, int DIM>() {
-    launch(token_grad_q_kernel<K, DIM, Softmax>, query_tiles * of_keys.count, kThreads,
-           sizeof(GradQTiles<K, DIM, Softmax>), problem);
-    launch(token_grad_kv_kernel<K, DIM, Softmax>, key_tiles * of_queries.count, kThreads,
-           sizeof(GradKvTiles<K, DIM, Softmax>), problem);
+    launch_with<GradQTiles<K, DIM, Softmax>, DIM>(token_grad_q_kernel<K, DIM, Softmax>, query_tiles * of_keys.count, problem);
+    launch_with<GradKvTiles<K, DIM, Softmax>, DIM>(token_grad_kv_kernel<K, DIM, Softmax>, key_tiles * of_queries.count, problem);
   });
   const auto finish = [&](const Tensor& partial, const Matrices& x, void* grad, int64_t splits, bool through_norm) {
     finish_gradient(floats(partial), x, grad, all_heads, heads, splits, through_norm);

@@ -88,7 +88,7 @@ void divide(Problem& p) {
 // for each owned pixel.
 template <typename T, Pass PASS>
 void run(std::vector<Problem>& problems, const Tensor& shares, int64_t numbers) {
-  static_assert(Shape<T, PASS>::fits(163 * 1024));  // what api.py asks for
+  static_assert(Shape<T, PASS>::fits(kSharedOfMany));
   float* result = floats(shares);
   for (Problem& p : problems) {
     p.result = result;

@@ -69,6 +69,13 @@ void with_kind(const Tensor& q, const Tensor& v, Function&& function) {
   function.template operator()<Wide, 128>();
 }
 
+// launch() of a kernel whose tiles have DIM columns.
+template <typename Shared, int DIM, typename... Arguments, typename Kernel>
+void launch_with(Kernel kernel, int64_t blocks, const Arguments&... arguments) {
+  static_assert(sizeof(Shared) <= (DIM <= 64 ? kSharedEverywhere : kSharedOfMany));
+  launch(kernel, blocks, kThreads, sizeof(Shared), arguments...);
+}
+
 struct Split {
   int64_t rows, count;  // of one split, a multiple of the tile; splits
 };

@@ -35,8 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_attention_token(const Tensor& q,
   problem.last_tie = static_cast<int*>(last_tie.data_ptr());
   problem.log_sum_exp = floats(log_sum_exp);
   with_kind(q, v, [&]<typename K, int DIM>() {
-    launch(topk_token_kernel<K, DIM>, batch * heads * ceil_div(queries, kRows), kThreads, sizeof(TopKTiles<K, DIM>),
-           problem);
+    launch_with<TopKTiles<K, DIM>, DIM>(topk_token_kernel<K, DIM>, batch * heads * ceil_div(queries, kRows), problem);
   });
   return {out, threshold, last_tie, log_sum_exp};
 }
@@ -71,10 +70,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_attention_token_backward
   problem.keys_per_split = keys;
   problem.queries_per_split = queries;
   with_kind(q, v, [&]<typename K, int DIM>() {
-    launch(token_grad_q_kernel<K, DIM, Selection>, all_heads * ceil_div(queries, kRows), kThreads,
-           sizeof(GradQTiles<K, DIM, Selection>), problem);
-    launch(token_grad_kv_kernel<K, DIM, Selection>, all_heads * ceil_div(keys, kRows), kThreads,
-           sizeof(GradKvTiles<K, DIM, Selection>), problem);
+    launch_with<GradQTiles<K, DIM, Selection>, DIM>(token_grad_q_kernel<K, DIM, Selection>,
+                                                    all_heads * ceil_div(queries, kRows), problem);
+    launch_with<GradKvTiles<K, DIM, Selection>, DIM>(token_grad_kv_kernel<K, DIM, Selection>,
+                                                     all_heads * ceil_div(keys, kRows), problem);
   });
   sum_rows(floats(temperature_terms), floats(grad_temperature), all_heads, queries, 1);
   sum_rows(floats(row_sums), floats(grad_weights), all_heads, queries, branches);

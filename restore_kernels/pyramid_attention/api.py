@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from restore_kernels import checks, coverage, native
+from restore_kernels import checks, coverage
 from restore_kernels.backends import Backend, Call, choose
 from restore_kernels.functions import eager
 from restore_kernels.pyramid_attention import autograd, reference
 
 PATCH_SIZES = (1, 3, 5, 7)
 CUDA_CHANNELS = (32, 64)  # the most that the CUDA C++ kernels take, of query and keys, of values
-CUDA_SHARED_BYTES = 163 * 1024  # of a block, which they may need then
 
 
 def pyramid_attention(
@@ -114,7 +113,7 @@ def _uncovered(query: Tensor, value: Tensor, patch_size: int, hard: bool) -> str
     for name, x, channels in most:
         if x.shape[1] > channels:
             return f"its kernels take at most {channels} channels of {name}, got {x.shape[1]}"
-    return native.why_little_shared_memory(query.device.type, query.device.index, CUDA_SHARED_BYTES)
+    return coverage.little_shared_memory(query)
 
 
 def _plan(query, keys, values, *, patch_size=3, softmax_scale=10.0, eps=1e-4, out_scale=0.25, hard=False,
