@@ -106,7 +106,8 @@ def _includes() -> list[str]:
     import pybind11
 
     package = Path(torch.__file__).parent / "include"
-    system = [package, Path(sysconfig.get_paths()["include"]), Path(pybind11.get_include())]
+    # pybind11 first: PyTorch brings one of its own, which refuses some builds (2.11: TORCH_TARGET_VERSION).
+    system = [Path(pybind11.get_include()), package, Path(sysconfig.get_paths()["include"])]
     return [f"-I{ROOT / 'csrc/cuda'}", *(f"-isystem{path}" for path in system)]
 
 

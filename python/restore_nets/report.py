@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from restore_kernels import __version__
 from restore_kernels.profiling.machine import processor_name
 from restore_nets import figures
 from restore_nets.attention_calls import SAME_RESULT
@@ -92,5 +92,5 @@ def machine() -> dict[str, str]:
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "Python": platform.python_version(),
         "PyTorch": torch.__version__,
-        "restore_kernels": version("restore_kernels"),
+        "restore_kernels": __version__,
     }
