@@ -21,14 +21,46 @@ def results() -> list[Results]:
     return [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))]
 
 
-def times() -> str:
-    """What README.md shows."""
-    parts = [folded(result, time_table(result)) for result in results()]
+def summary() -> str:
+    """What README.md shows: a line for each case, a column for each machine."""
+    parts = [summary_table(results())]
     photos = sorted((ROOT / "benchmarks/results/whole_photo").glob("*.json"))
     parts += [photo_table(json.loads(path.read_text())) for path in photos]
     if not any(result["machine"]["gpu"] for result in results()):
         parts.append("**NVIDIA GPU**: not measured. `make gpu` measures it.")
     return "\n\n".join(parts)
+
+
+def summary_table(found: list[Results]) -> str:
+    lines = [
+        f"| forward and backward | {' | '.join(map(machine_name, found))} | extra memory, eager and ours |",
+        "|---|" + "---|" * (len(found) + 1),
+    ]
+    rows = [{title(row): row for row in result["cases"]} for result in found]
+    for name in dict.fromkeys(name for own in rows for name in own):
+        measured = [own[name] for own in rows if name in own]
+        times = [summary_cell(own[name]) if name in own else "not measured" for own in rows]
+        lines.append(f"| {name} | {' | '.join(times)} | {summary_memory(measured[0])} |")
+    return "\n".join(lines)
+
+
+def summary_cell(row: dict[str, Any]) -> str:
+    """The quickest of ours, and how many times as long the published computation takes."""
+    if not (found := sorted(ours(row), key=lambda item: item[1]["median"])):
+        return "wrong"
+    (name, entry), eager = found[0], row["alternatives"].get("eager")
+    ratio = f", {eager['median'] / entry['median']:.1f}x" if eager else ""
+    return f"{digits(entry['median'] * 1e3)} ms{ratio}" + (f" ({name})" if len(found) > 1 else "")
+
+
+def summary_memory(row: dict[str, Any]) -> str:
+    eager = row["alternatives"].get("eager", {})
+    return " / ".join([memory(eager), *(memory(entry) for _, entry in ours(row))])
+
+
+def times() -> str:
+    """Every alternative of every case, of each machine."""
+    return "\n\n".join(folded(result, time_table(result)) for result in results())
 
 
 def folded(result: Results, table: str) -> str:
@@ -153,8 +185,8 @@ def memory(entry: dict[str, Any]) -> str:
 
 # Of each page, what stands between the marks of that name.
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    ROOT / "README.md": {"times": times},
-    ROOT / "docs/performance.md": {"floors": floors, "growth": growth},
+    ROOT / "README.md": {"summary": summary},
+    ROOT / "docs/performance.md": {"times": times, "floors": floors, "growth": growth},
 }
 
 

@@ -113,7 +113,7 @@ def test_pages_show_the_results():
 def test_a_changed_result_shows():
     tables = script("tables")
     text = (ROOT / "README.md").read_text()
-    assert tables.filled(text, {"times": lambda: "other"}) != text
+    assert tables.filled(text, {"summary": lambda: "other"}) != text
 
 
 def test_results_count_what_the_registry_counts():
@@ -143,6 +143,9 @@ def test_tables_and_the_plot(row, tmp_path):
     result = {"machine": machine, "ceilings": ceilings, "cases": [row], "growth": growth}
     tables = script("tables")
     assert "| pyramid_attention 2x4+5x20x22, float32, forward | eager |" in tables.time_table(result)
+    (line,) = tables.summary_table([result, {**result, "cases": []}]).splitlines()[2:]
+    assert line.startswith("| pyramid_attention 2x4+5x20x22, float32, forward | ")
+    assert "x | not measured | " in line
     (line,) = tables.growth_table(result).splitlines()[4:]
     assert "| 576 pixels | 9216 |" in line and "| 2.00 |" in line and line.endswith("| 1.00 |")
     drawing = script("growth")
