@@ -35,10 +35,13 @@ results: $(VENV)/built
 	$(BIN)/restore-kernels profile --all --device cpu --threads 2 --compile --out benchmarks/results
 
 # On a machine with an NVIDIA GPU, PyTorch, Triton and pytest; no network. Nine minutes at the most, or by part:
-# make gpu PART=test|sanitize|bench. PART=steps, training steps of NETWORKS (all, if none is named), takes minutes for
+# make gpu PART=test|sanitize|bench. COMPILE=--compile times torch.compile of the baselines too: fewer cases are
+# measured in that time. PART=steps, training steps of NETWORKS (all, if none is named), takes minutes for
 # each and writes what it has after each. What follows a part that failed runs all the same: no wrong result gets a speed.
 OUT ?= benchmarks/results
 PART ?= test sanitize bench
+# An interrupt: tests that fail until then are told, and what is measured is kept.
+TIMEOUT := timeout --signal=INT --kill-after=15
 GPU_TEST := $(GPU_PYTHON) -m pytest -p no:cacheprovider --device cuda
 GPU_SUITES := topk_attention topk_attention_ops masked_attention masked_attention_masks masked_attention_ops \
 	integration convolution_integration pyramid_attention pyramid_attention_hard pyramid_attention_ops pyramid_attention_integration \
@@ -54,19 +57,19 @@ gpu:
 gpu-%: export PYTHONPATH = .:python
 
 gpu-test:
-	timeout 200 $(GPU_TEST) --require-backends triton,cuda --numprocesses 12 --dist loadfile \
-		$(GPU_SUITES:%=tests/test_%.py) > $(OUT)/gpu-test.txt 2>&1; status=$$?; tail -n 20 $(OUT)/gpu-test.txt; exit $$status
+	$(TIMEOUT) 200 $(GPU_TEST) --require-backends triton,cuda --numprocesses 12 --dist loadfile \
+		$(GPU_SUITES:%=tests/test_%.py) > $(OUT)/gpu-test.txt 2>&1; status=$$?; tail -n 40 $(OUT)/gpu-test.txt; exit $$status
 
 gpu-sanitize:
-	timeout 60 compute-sanitizer --error-exitcode 1 $(GPU_TEST) -k "$(SANITIZED)" \
+	$(TIMEOUT) 60 compute-sanitizer --error-exitcode 1 $(GPU_TEST) -k "$(SANITIZED)" \
 		tests/test_cuda_channel.py tests/test_cuda_token.py tests/test_cuda_pyramid.py > $(OUT)/gpu-sanitize.txt 2>&1; status=$$?; tail -n 20 $(OUT)/gpu-sanitize.txt; exit $$status
 
 gpu-bench:
-	timeout 180 $(GPU_PYTHON) -m restore_kernels profile --all --device cuda --compile --seconds 1 --out $(OUT)
+	$(TIMEOUT) 200 $(GPU_PYTHON) -m restore_kernels profile --all --device cuda --seconds 0.5 --limit 160 $(COMPILE) --out $(OUT)
 	$(GPU_PYTHON) benchmarks/choices.py
 
 gpu-steps:
-	timeout 500 $(GPU_PYTHON) benchmarks/steps.py $(NETWORKS) --device cuda --compile; status=$$?; \
+	$(TIMEOUT) 500 $(GPU_PYTHON) benchmarks/steps.py $(NETWORKS) --device cuda --compile; status=$$?; \
 		[ $(OUT) = benchmarks/results ] || cp -r benchmarks/results/steps $(OUT); exit $$status
 
 $(VENV)/installed: requirements.txt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ import torch
 
 from restore_kernels import native
 from restore_kernels.profiling import cli, machine, run
-from restore_kernels.profiling.cases import OPERATORS
+from restore_kernels.profiling.cases import OPERATORS, BenchmarkCase
 from restore_kernels.topk_attention import autograd
 
 ROOT = Path(__file__).parents[1]
@@ -207,6 +208,73 @@ def test_results_of_a_cpu_do_not_go_by_the_name_of_a_gpu_beside_it(monkeypatch):
     described = machine.machine("cpu")
     assert (described["gpu"], described["compute_capability"]) == (None, None)
     assert described["processor"] == machine.processor_name()
+
+
+def small(operator: str) -> BenchmarkCase:
+    args = cli._parse([operator, *SHAPES[operator]])
+    (case,), _ = cli._chosen(args)
+    return case
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Every case takes ten seconds of this clock."""
+    now = [0.0]
+    measure = run.measure
+
+    def slow(*args, **kwargs):
+        now[0] += 10
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(cli, "measure", slow)
+
+
+def test_a_limit_leaves_something_of_each_operator(clock, monkeypatch, tmp_path, capsys):
+    norm, gate = small("channel_norm"), small("channel_gate")
+    other = dataclasses.replace(norm, shape=(1, 4, 5, 6))  # type: ignore[call-arg]
+    monkeypatch.setitem(cli.CASES, "cpu", (norm, other, gate))
+    monkeypatch.setattr(cli, "GROWTH_CASES", (norm,))
+    assert profile("--all", "--limit", "15", "--out", str(tmp_path)) == 0
+    (path,) = tmp_path.iterdir()
+    results = json.loads(path.read_text())
+    assert [row["case"] for row in results["cases"]] == [norm.name, gate.name] and not results["growth"]
+    output = capsys.readouterr().err
+    assert "15 s are over: 1 left out (case)" in output and "1 left out (growing)" in output
+    assert profile("--all", "--out", str(tmp_path)) == 0
+    results = json.loads(path.read_text())
+    assert [row["case"] for row in results["cases"]] == [norm.name, other.name, gate.name]
+
+
+def test_an_interrupted_run_keeps_what_it_measured(monkeypatch, tmp_path):
+    norm, gate = small("channel_norm"), small("channel_gate")
+    measure = run.measure
+
+    def interrupted(case, *args, **kwargs):
+        if case is gate:
+            raise KeyboardInterrupt
+        return measure(case, *args, **kwargs)
+
+    monkeypatch.setitem(cli.CASES, "cpu", (norm, gate))
+    monkeypatch.setattr(cli, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        profile("--all", "--out", str(tmp_path))
+    (path,) = tmp_path.iterdir()
+    assert path.name.endswith(".json.partial")
+    (row,) = json.loads(path.read_text())["cases"]
+    assert row["case"] == norm.name
+
+
+def test_a_backend_that_fails_gets_no_time(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of\nregisters")
+
+    monkeypatch.setattr(run, "wrong", broken)
+    monkeypatch.setattr(run, "runnable_backends", lambda *_: ["cpu"])
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    row = run.measure(small("channel_norm"), "cpu", torch.float32, 0.05, compiled=True)
+    why = "fails: RuntimeError: out of registers"
+    assert row["wrong"] == {"cpu": why, "torch.compile": why} and list(row["alternatives"]) == ["eager"]
 
 
 def test_files_of_data_need_no_library(monkeypatch, tmp_path, capsys):

@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,13 +68,17 @@ def _profile(arguments: Sequence[str]) -> None:
     results: files.Results = {
         "machine": machine(args.device), "ceilings": {}, "cases": [], "growth": [],
     }  # fmt: skip
-    for name in dtypes:  # how they grow is told by one of them
-        _measure(args, results, DTYPES[name], cases, growth if name == dtypes[0] else [])
+    jobs = [(DTYPES[name], case) for name in dtypes for case in cases]
+    try:
+        measured = _measure(args, results, jobs, [(DTYPES[dtypes[0]], case) for case in growth])
+    except BaseException:
+        if args.out and results["cases"]:  # an hour's work, but no results file
+            _write_file(files.write_json, results, _results_path(args, results).with_suffix(".json.partial"))
+        raise
     _write(args, results)
     if args.trace:
-        pairs = [(case, DTYPES[name]) for name in dtypes for case in cases]
-        timed = [row["alternatives"] for row in results["cases"]]
-        trace([(*pair, [*names]) for pair, names in zip(pairs, timed, strict=True)], args.device, args.trace)
+        timed = [(case, dtype, [*row["alternatives"]]) for (dtype, case), row in measured]
+        trace(timed, args.device, args.trace)
         print(f"wrote {args.trace}", file=sys.stderr)
     if args.table:
         from rich.console import Console
@@ -82,25 +88,68 @@ def _profile(arguments: Sequence[str]) -> None:
         show(results, Console())
 
 
+Job = tuple[torch.dtype, BenchmarkCase]
+
+
 def _measure(
-    args: argparse.Namespace, results: files.Results, dtype: torch.dtype,
-    cases: Sequence[BenchmarkCase], growth: Sequence[BenchmarkCase],
-) -> None:  # fmt: skip
-    """Add what is found in this dtype."""
-    name, device = str(dtype).removeprefix("torch."), args.device
+    args: argparse.Namespace, results: files.Results, jobs: Sequence[Job], growth: Sequence[Job]
+) -> list[tuple[Job, files.Row]]:
+    """Add to the results; what was measured of ``jobs``, in their order."""
+    device, begin = args.device, time.monotonic()
     seconds = args.seconds or (0.5 if args.quick else 3.0)
-    before = ceilings(device, dtype, min(seconds, 2.0))
-    for i, case in enumerate(cases, 1):
-        print(f"case {i} of {len(cases)}, {name}: {case}", file=sys.stderr, flush=True)
-        passes = args.html is not None or not args.quick
+    dtypes = dict.fromkeys(dtype for dtype, _ in jobs)
+
+    def add_ceilings() -> None:
+        for dtype in dtypes:
+            found, name = ceilings(device, dtype, min(seconds, 2.0)), _name(dtype)
+            known = results["ceilings"].setdefault(name, found)
+            results["ceilings"][name] = {rate: max(found[rate], known[rate]) for rate in found}
+
+    def in_time(kind: str, jobs: Sequence[Job]) -> Iterator[Job]:
+        for i, (dtype, case) in enumerate(jobs, 1):
+            if args.limit is not None and time.monotonic() - begin >= args.limit:
+                print(f"{args.limit:g} s are over: {len(jobs) - i + 1} left out ({kind})", file=sys.stderr)
+                return
+            print(f"{kind} {i} of {len(jobs)}, {_name(dtype)}: {case}", file=sys.stderr, flush=True)
+            yield dtype, case
+
+    add_ceilings()
+    passes = args.html is not None or not args.quick
+    measured: dict[Job, files.Row] = {}
+    for dtype, case in in_time("case", jobs if args.limit is None else _by_rank(jobs)):
         row = measure(case, device, dtype, seconds, compiled=args.compile, passes=passes)
-        results["cases"].append(row)
-    for i, case in enumerate(growth, 1):
-        print(f"growing {i} of {len(growth)}, {name}: {case}", file=sys.stderr, flush=True)
+        measured[dtype, case] = row
+        results["cases"] = [measured[job] for job in jobs if job in measured]
+    for dtype, case in in_time("growing", growth):
         row = measure(case, device, dtype, seconds / 4, compared=affordable(case, device))
         results["growth"].append(row)
-    after = ceilings(device, dtype, min(seconds, 2.0))
-    results["ceilings"][name] = {rate: max(before[rate], after[rate]) for rate in before}
+    add_ceilings()
+    return [(job, measured[job]) for job in jobs if job in measured]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _by_rank(jobs: Sequence[Job]) -> list[Job]:
+    """The first case of every operator, then the second ones: where time is short, something of each."""
+    rank: dict[Job, int] = {}
+    seen: Counter[object] = Counter()
+    for dtype, case in jobs:
+        rank[dtype, case] = seen[dtype, type(case)]
+        seen[dtype, type(case)] += 1
+    return sorted(jobs, key=rank.__getitem__)
+
+
+def _results_path(args: argparse.Namespace, results: files.Results) -> Path:
+    args.out.mkdir(parents=True, exist_ok=True)
+    own = results["machine"]
+    return args.out / files.file_name(own["gpu"] or own["processor"])
+
+
+def _write_file(write: Callable[[files.Results, Path], None], results: files.Results, path: Path) -> None:
+    write(results, path)
+    print(f"wrote {path}", file=sys.stderr)
 
 
 def _write(args: argparse.Namespace, results: files.Results) -> None:
@@ -108,17 +157,14 @@ def _write(args: argparse.Namespace, results: files.Results) -> None:
         (args.json, files.write_json), (args.csv, files.write_csv),
     ]  # fmt: skip
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        own = results["machine"]
-        outputs.append((args.out / files.file_name(own["gpu"] or own["processor"]), files.write_json))
+        outputs.append((_results_path(args, results), files.write_json))
     if args.html:
         from restore_kernels.profiling.page import write_html
 
         outputs.append((args.html, write_html))
     for path, write in outputs:
         if path is not None:
-            write(results, path)
-            print(f"wrote {path}", file=sys.stderr)
+            _write_file(write, results, path)
 
 
 def _chosen(args: argparse.Namespace) -> tuple[list[BenchmarkCase], list[BenchmarkCase]]:
@@ -218,6 +264,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     how.add_argument(
         "--seconds", type=_positive(float), help="measuring time per case (default: 3, quick 0.5)"
     )
+    how.add_argument(
+        "--limit", type=_positive(float), metavar="SECONDS",
+        help="begin no case after so many; the operators take turns, so that something of each is measured",
+    )  # fmt: skip
     how.add_argument("--compile", action="store_true", help="also time torch.compile of the baseline")
 
     out = parser.add_argument_group("results, beside the table")

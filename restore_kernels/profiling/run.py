@@ -76,6 +76,14 @@ def wrong(case: BenchmarkCase, backend: str, device: str, dtype: torch.dtype) ->
     return None
 
 
+def failure(attempt: Callable[[], str | None]) -> str | None:
+    """What it returns, or how it fails: a kernel that does not compile takes no time from the others."""
+    try:
+        return attempt()
+    except Exception as error:
+        return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def measure(
     case: BenchmarkCase, device: str, dtype: torch.dtype, seconds: float, *, compared: bool = True,
     compiled: bool = False, passes: bool = False,
@@ -101,9 +109,12 @@ def measure(
         torch.compiler.reset()  # compiled for this shape, not for what earlier cases had in common with it
         function = torch.compile(case.published_function, dynamic=False)
         calls["torch.compile"] = lambda: case.step(x, lambda x: case.published(x, function))
+        if (reason := failure(calls["torch.compile"])) is not None:
+            row["wrong"]["torch.compile"] = reason
+            del calls["torch.compile"]
     published = set(calls)
     for backend in runnable_backends(case, device, dtype):
-        reason = wrong(case, backend, device, dtype)
+        reason = failure(partial(wrong, case, backend, device, dtype))
         if reason is not None:  # no speed for a wrong result
             row["wrong"][backend] = reason
             continue
