@@ -45,6 +45,7 @@ class Row:
     registers: int
     spilled_bytes: int  # of local memory per thread
     shared_bytes: int
+    square_roots: int  # in PTX
     instructions: dict[str, int]  # matrix instructions in the machine code
 
     @property
@@ -310,6 +311,7 @@ def compile_launch(launch: Launch, architecture: int) -> Row:
     return Row(
         launch.case, launch.kernel.__name__, architecture, launch.dtype, kernel.metadata.num_warps,
         resources["REG"], resources["STACK"] + resources["LOCAL"], kernel.metadata.shared,
+        len(re.findall(r"\bsqrt\.", kernel.asm["ptx"])),
         {name: count for name, count in counts.items() if count},
     )  # fmt: skip
 
@@ -399,7 +401,7 @@ def main() -> None:
             print(json.dumps(asdict(row)), flush=True)
             continue
         instructions = " ".join(f"{name}:{count}" for name, count in row.instructions.items())
-        print(form.format(*list(asdict(row).values())[:-1], instructions), flush=True)
+        print(form.format(*list(asdict(row).values())[:-2], instructions), flush=True)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,14 @@ def test_no_spills_and_within_limits(compiled):
     aot.assert_fits(rows)
 
 
+def test_scores_that_are_compared_take_their_norms_from_memory(table):
+    """Summed up in several kernels, in orders that the compiler chooses, norms would differ by a bit here and
+    there, and with them the scores by which backward repeats a selection."""
+    rows = [row for row in table if row.case.startswith("token ")]
+    assert {row.kernel for row in rows if row.square_roots} == {"token_norms_kernel"}
+    assert {"token_window_kernel", "token_grad_q_kernel"} <= {row.kernel for row in rows}
+
+
 def test_products_run_on_the_matrix_units_in_the_kernels_that_there_should_be(compiled):
     name, jobs, rows = compiled
     wanted = {job for job in jobs if job[1] in OPERATORS[name].on_matrix_units}

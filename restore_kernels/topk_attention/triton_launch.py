@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from restore_kernels.topk_attention import triton_token_kernels as token_kernels
-from restore_kernels.topk_attention.triton_token_selection import token_select_kernel
+from restore_kernels.topk_attention.triton_token_selection import token_norms_kernel, token_select_kernel
 from restore_kernels.triton_common.channel_launch import channel_backward, channel_forward
 from restore_kernels.triton_common.launching import (
     NO_SPILLS,
@@ -26,6 +26,8 @@ from restore_kernels.triton_common.launching import (
     triton_dtype,
 )
 from restore_kernels.triton_common.token_launch import TokenTiles
+
+NORM_ROWS = 128  # of a program of token_norms_kernel: one a thread
 
 
 def topk_attention_channel(
@@ -65,7 +67,8 @@ def topk_attention_token(
     tiles = TokenTiles.of(q, k, v, normalize)
     block_e = block(width, UNBOUNDED)
     sizes = (heads, queries, keys, depth, width)
-    inputs = (q, k, v, temperature, weights, *selection, out)
+    norms = _norms(q, k, normalize)
+    inputs = (q, k, v, *norms, temperature, weights, *selection, out)
     strides = tuple(x.stride() for x in (q, k, v, out, temperature, weights))
     with on_device(q):
         if keys <= tiles.constants["BLOCK_M"]:
@@ -76,15 +79,29 @@ def topk_attention_token(
             return out, *selection
         for branch, kept in enumerate(topk):
             launch(
-                token_select_kernel, tiles.row_tiles, q, k, temperature, *selection,
+                token_select_kernel, tiles.row_tiles, q, k, *norms, temperature, *selection,
                 q.stride(), k.stride(), temperature.stride(), kept, branch, branches, *sizes[:4],
                 **tiles.constants, **NO_SPILLS,
             )  # fmt: skip
         launch(
             token_kernels.token_output_kernel, tiles.row_tiles, *inputs, *strides, *sizes,
-            BRANCHES=branches, BLOCK_E=block_e, **tiles.constants,
+            BRANCHES=branches, BLOCK_E=block_e, **tiles.constants, **NO_SPILLS,
         )  # fmt: skip
     return out, *selection
+
+
+def _norms(q: Tensor, k: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Of the rows of both, (B, H, N) and (B, H, M); nothing without ``normalize``."""
+
+    def of(x: Tensor) -> Tensor:
+        batch, heads, rows, depth = x.shape
+        norms = torch.empty(x.shape[:3] if normalize else (0,), dtype=torch.float32, device=x.device)
+        programs = batch * heads * triton.cdiv(rows, NORM_ROWS) if normalize else 0
+        launch(token_norms_kernel, programs, x, norms, x.stride(), heads, rows, depth, BLOCK_R=NORM_ROWS)
+        return norms
+
+    with on_device(q):
+        return of(q), of(k)
 
 
 def topk_attention_token_backward(
@@ -105,20 +122,22 @@ def topk_attention_token_backward(
     saved = (threshold, last_tie, log_sum_exp, row_sums)
     strides = tuple(x.stride() for x in (grad_out, q, k, v))
     small_strides = (temperature.stride(), weights.stride())
+    norms = _norms(q, k, normalize)
     with on_device(q):
         launch(
-            token_kernels.token_row_sums_kernel, tiles.row_tiles, grad_out, q, k, v, temperature, *saved,
-            *strides, temperature.stride(), *sizes, BLOCK_J=triton.next_power_of_2(branches), **constants,
+            token_kernels.token_row_sums_kernel, tiles.row_tiles,
+            grad_out, q, k, v, *norms, temperature, *saved, *strides, temperature.stride(), *sizes,
+            BLOCK_J=triton.next_power_of_2(branches), **constants,
         )  # fmt: skip
         launch(
             token_kernels.token_grad_q_kernel, tiles.row_tiles,
-            grad_out, q, k, v, temperature, weights, *saved, grad_q, temperature_terms,
-            *strides, grad_q.stride(), *small_strides, *sizes, **constants, **gradient,
+            grad_out, q, k, v, *norms, temperature, weights, *saved, grad_q, temperature_terms,
+            *strides, grad_q.stride(), *small_strides, *sizes, **constants, **gradient, **NO_SPILLS,
         )  # fmt: skip
         launch(
             token_kernels.token_grad_kv_kernel, tiles.key_tiles,
-            grad_out, q, k, v, temperature, weights, *saved, grad_k, grad_v,
+            grad_out, q, k, v, *norms, temperature, weights, *saved, grad_k, grad_v,
             *strides, grad_k.stride(), grad_v.stride(), *small_strides, *sizes,
-            **constants, **gradient,
+            **constants, **gradient, **NO_SPILLS,
         )  # fmt: skip
     return grad_q, grad_k, grad_v, temperature_terms.sum(2), row_sums.sum(2)

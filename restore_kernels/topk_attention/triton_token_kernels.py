@@ -19,7 +19,8 @@ output moves 4 x 64 x 32 elements per head, 3.8 ns at 4.3 TB/s, and computes som
 of the search in registers), 13 ns over 132 multiprocessors: computation bounds it.
 
 Backward repeats the selection by comparing scores with the threshold, so the scores must be the same
-to the bit: every kernel computes a tile by the same function, of the same shape, on as many warps.
+to the bit: every kernel computes a tile by the same function, of the same shape, on as many warps, and
+takes the norms from memory (``token_norms_kernel``).
 
 P mixes the branches with one exponential per score: w_j p_j = exp(s - r) w_j exp(r - log_sum_exp_j)
 where r is the largest of the branches' log_sum_exp; the second exponent is at most log M.
@@ -36,6 +37,9 @@ from restore_kernels.topk_attention.triton_token_selection import (
     count_reaching,
     find_tie,
     is_open,
+    load_keys,
+    load_norms,
+    load_queries,
     narrow,
     range_of,
     scores_of_keys,
@@ -46,9 +50,8 @@ from restore_kernels.topk_attention.triton_token_selection import (
 )
 from restore_kernels.triton_common.tiles import batch_and_head, to_operand
 from restore_kernels.triton_common.token_tiles import (
-    load_keys,
-    load_queries,
     load_rows,
+    scale_of,
     score_tile,
     store_rows,
     through_norm,
@@ -82,7 +85,8 @@ def factor_of(weight_ptr, log_sum_exp_ptr, rows, mask, reference):
 
 @triton.jit
 def token_output_kernel(
-    q_ptr, k_ptr, v_ptr, temperature_ptr, weights_ptr, threshold_ptr, last_tie_ptr, log_sum_exp_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, q_norms_ptr, k_norms_ptr, temperature_ptr, weights_ptr,
+    threshold_ptr, last_tie_ptr, log_sum_exp_ptr, out_ptr,
     q_stride, k_stride, v_stride, out_stride, temperature_stride, weights_stride,
     heads, queries, keys, depth, width,
     BRANCHES: tl.constexpr, NORMALIZE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
@@ -95,12 +99,14 @@ def token_output_kernel(
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     q_ptr += batch * q_stride[0] + head * q_stride[1]
     k_ptr += batch * k_stride[0] + head * k_stride[1]
+    q_norms_ptr += matrix * queries
+    k_norms_ptr += matrix * keys
     v_ptr += batch * v_stride[0] + head * v_stride[1]
     out_ptr += batch * out_stride[0] + head * out_stride[1]
     weights_ptr += batch * weights_stride[0] + head * weights_stride[1]
     temperature = tl.load(temperature_ptr + batch * temperature_stride[0] + head * temperature_stride[1])
-    q, row_scale, q_scale, norms = load_queries(
-        q_ptr, q_stride, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
+    q, row_scale = load_queries(
+        q_ptr, q_stride, q_norms_ptr, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
     )
     mask = offs_n < queries
     rows = (matrix * queries + offs_n) * BRANCHES
@@ -110,8 +116,9 @@ def token_output_kernel(
     for start in range(0, keys, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         scores = scores_of_keys(
-            q, row_scale, k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE, PRECISION
-        )
+            q, row_scale, k_ptr, k_stride, k_norms_ptr, offs_m, keys, offs_d, depth,
+            NORMALIZE, PRECISE, PRECISION,
+        )  # fmt: skip
         factors = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         for branch in tl.static_range(BRANCHES):
             kept = is_kept(scores, threshold_ptr, last_tie_ptr, rows + branch, mask, offs_m)
@@ -126,7 +133,8 @@ def token_output_kernel(
 
 @triton.jit
 def token_window_kernel(
-    q_ptr, k_ptr, v_ptr, temperature_ptr, weights_ptr, threshold_ptr, last_tie_ptr, log_sum_exp_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, q_norms_ptr, k_norms_ptr, temperature_ptr, weights_ptr,
+    threshold_ptr, last_tie_ptr, log_sum_exp_ptr, out_ptr,
     q_stride, k_stride, v_stride, out_stride, temperature_stride, weights_stride, topk,
     heads, queries, keys, depth, width,
     BRANCHES: tl.constexpr, NORMALIZE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
@@ -140,16 +148,19 @@ def token_window_kernel(
     offs_d, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     q_ptr += batch * q_stride[0] + head * q_stride[1]
     k_ptr += batch * k_stride[0] + head * k_stride[1]
+    q_norms_ptr += matrix * queries
+    k_norms_ptr += matrix * keys
     v_ptr += batch * v_stride[0] + head * v_stride[1]
     out_ptr += batch * out_stride[0] + head * out_stride[1]
     weights_ptr += batch * weights_stride[0] + head * weights_stride[1]
     temperature = tl.load(temperature_ptr + batch * temperature_stride[0] + head * temperature_stride[1])
-    q, row_scale, q_scale, norms = load_queries(
-        q_ptr, q_stride, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
+    q, row_scale = load_queries(
+        q_ptr, q_stride, q_norms_ptr, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
     )
     scores = scores_of_keys(
-        q, row_scale, k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE, PRECISION
-    )
+        q, row_scale, k_ptr, k_stride, k_norms_ptr, offs_m, keys, offs_d, depth,
+        NORMALIZE, PRECISE, PRECISION,
+    )  # fmt: skip
     row_min, row_max = range_of(scores, offs_m, keys)
     exponentials = tl.exp(scores - row_max[:, None])
 
@@ -186,7 +197,7 @@ def token_window_kernel(
 
 @triton.jit
 def token_row_sums_kernel(
-    grad_out_ptr, q_ptr, k_ptr, v_ptr, temperature_ptr,
+    grad_out_ptr, q_ptr, k_ptr, v_ptr, q_norms_ptr, k_norms_ptr, temperature_ptr,
     threshold_ptr, last_tie_ptr, log_sum_exp_ptr, row_sums_ptr,
     grad_out_stride, q_stride, k_stride, v_stride, temperature_stride, heads, queries, keys, depth, width,
     BRANCHES: tl.constexpr, NORMALIZE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
@@ -201,10 +212,12 @@ def token_row_sums_kernel(
     grad_out_ptr += batch * grad_out_stride[0] + head * grad_out_stride[1]
     q_ptr += batch * q_stride[0] + head * q_stride[1]
     k_ptr += batch * k_stride[0] + head * k_stride[1]
+    q_norms_ptr += matrix * queries
+    k_norms_ptr += matrix * keys
     v_ptr += batch * v_stride[0] + head * v_stride[1]
     temperature = tl.load(temperature_ptr + batch * temperature_stride[0] + head * temperature_stride[1])
-    q, row_scale, q_scale, norms = load_queries(
-        q_ptr, q_stride, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
+    q, row_scale = load_queries(
+        q_ptr, q_stride, q_norms_ptr, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
     )
     grad_out = load_rows(grad_out_ptr, grad_out_stride, offs_n, queries, offs_e, width)  # [BLOCK_N, BLOCK_E]
     mask = offs_n < queries
@@ -214,8 +227,9 @@ def token_row_sums_kernel(
     for start in range(0, keys, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         scores = scores_of_keys(
-            q, row_scale, k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE, PRECISION
-        )
+            q, row_scale, k_ptr, k_stride, k_norms_ptr, offs_m, keys, offs_d, depth,
+            NORMALIZE, PRECISE, PRECISION,
+        )  # fmt: skip
         v = load_rows(v_ptr, v_stride, offs_m, keys, offs_e, width)  # [BLOCK_M, BLOCK_E]
         grad_mixture = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)  # dP [BLOCK_N, BLOCK_M]
         for branch in tl.static_range(BRANCHES):
@@ -229,7 +243,7 @@ def token_row_sums_kernel(
 
 @triton.jit
 def token_grad_q_kernel(
-    grad_out_ptr, q_ptr, k_ptr, v_ptr, temperature_ptr, weights_ptr,
+    grad_out_ptr, q_ptr, k_ptr, v_ptr, q_norms_ptr, k_norms_ptr, temperature_ptr, weights_ptr,
     threshold_ptr, last_tie_ptr, log_sum_exp_ptr, row_sums_ptr, grad_q_ptr, temperature_terms_ptr,
     grad_out_stride, q_stride, k_stride, v_stride, grad_q_stride, temperature_stride, weights_stride,
     heads, queries, keys, depth, width,
@@ -245,12 +259,14 @@ def token_grad_q_kernel(
     grad_out_ptr += batch * grad_out_stride[0] + head * grad_out_stride[1]
     q_ptr += batch * q_stride[0] + head * q_stride[1]
     k_ptr += batch * k_stride[0] + head * k_stride[1]
+    q_norms_ptr += matrix * queries
+    k_norms_ptr += matrix * keys
     v_ptr += batch * v_stride[0] + head * v_stride[1]
     grad_q_ptr += batch * grad_q_stride[0] + head * grad_q_stride[1]
     weights_ptr += batch * weights_stride[0] + head * weights_stride[1]
     temperature = tl.load(temperature_ptr + batch * temperature_stride[0] + head * temperature_stride[1])
-    q, row_scale, q_scale, norms = load_queries(
-        q_ptr, q_stride, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
+    q, row_scale = load_queries(
+        q_ptr, q_stride, q_norms_ptr, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
     )
     grad_out = load_rows(grad_out_ptr, grad_out_stride, offs_n, queries, offs_e, width)  # [BLOCK_N, BLOCK_E]
     mask = offs_n < queries
@@ -262,7 +278,7 @@ def token_grad_q_kernel(
     for start in range(0, keys, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         is_key = offs_m < keys
-        k, k_scale, k_norms = load_keys(k_ptr, k_stride, offs_m, is_key, offs_d, depth, NORMALIZE, PRECISE)
+        k, k_scale = load_keys(k_ptr, k_stride, k_norms_ptr, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE)
         scores, products = score_tile(q, row_scale, k, k_scale, is_key, NORMALIZE, PRECISE, PRECISION)
         v = load_rows(v_ptr, v_stride, offs_m, keys, offs_e, width)  # [BLOCK_M, BLOCK_E]
         grad_mixture = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)  # dP [BLOCK_N, BLOCK_M]
@@ -278,6 +294,8 @@ def token_grad_q_kernel(
         coefficients = to_operand(grad_scores * k_scale[None, :], GRADIENT, GRADIENT_PRECISION)
         grad_q = tl.dot(coefficients, k.to(GRADIENT), grad_q, input_precision=GRADIENT_PRECISION)
 
+    norms = load_norms(q_norms_ptr, offs_n, queries, NORMALIZE)  # again: they were not held all along
+    q_scale = scale_of(norms, PRECISE)
     grad_q = through_norm(grad_q * temperature, q, q_scale, norms, NORMALIZE)
     store_rows(grad_q_ptr, grad_q_stride, grad_q, offs_n, queries, offs_d, depth)
     tl.store(temperature_terms_ptr + matrix * queries + offs_n, similarity_terms * q_scale, mask=mask)
@@ -285,7 +303,7 @@ def token_grad_q_kernel(
 
 @triton.jit
 def token_grad_kv_kernel(
-    grad_out_ptr, q_ptr, k_ptr, v_ptr, temperature_ptr, weights_ptr,
+    grad_out_ptr, q_ptr, k_ptr, v_ptr, q_norms_ptr, k_norms_ptr, temperature_ptr, weights_ptr,
     threshold_ptr, last_tie_ptr, log_sum_exp_ptr, row_sums_ptr, grad_k_ptr, grad_v_ptr,
     grad_out_stride, q_stride, k_stride, v_stride, grad_k_stride, grad_v_stride,
     temperature_stride, weights_stride, heads, queries, keys, depth, width,
@@ -301,13 +319,15 @@ def token_grad_kv_kernel(
     grad_out_ptr += batch * grad_out_stride[0] + head * grad_out_stride[1]
     q_ptr += batch * q_stride[0] + head * q_stride[1]
     k_ptr += batch * k_stride[0] + head * k_stride[1]
+    q_norms_ptr += matrix * queries
+    k_norms_ptr += matrix * keys
     v_ptr += batch * v_stride[0] + head * v_stride[1]
     grad_k_ptr += batch * grad_k_stride[0] + head * grad_k_stride[1]
     grad_v_ptr += batch * grad_v_stride[0] + head * grad_v_stride[1]
     weights_ptr += batch * weights_stride[0] + head * weights_stride[1]
     temperature = tl.load(temperature_ptr + batch * temperature_stride[0] + head * temperature_stride[1])
     is_key = offs_m < keys
-    k, k_scale, norms = load_keys(k_ptr, k_stride, offs_m, is_key, offs_d, depth, NORMALIZE, PRECISE)
+    k, k_scale = load_keys(k_ptr, k_stride, k_norms_ptr, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE)
     v = load_rows(v_ptr, v_stride, offs_m, keys, offs_e, width)  # [BLOCK_M, BLOCK_E]
 
     grad_k = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -316,8 +336,8 @@ def token_grad_kv_kernel(
         offs_n = start + tl.arange(0, BLOCK_N)
         mask = offs_n < queries
         rows = (matrix * queries + offs_n) * BRANCHES
-        q, row_scale, q_scale, q_norms = load_queries(
-            q_ptr, q_stride, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
+        q, row_scale = load_queries(
+            q_ptr, q_stride, q_norms_ptr, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
         )
         scores, products = score_tile(q, row_scale, k, k_scale, is_key, NORMALIZE, PRECISE, PRECISION)
         reference = largest_log_sum_exp(log_sum_exp_ptr, rows, mask, BRANCHES)  # [BLOCK_N]
@@ -346,6 +366,7 @@ def token_grad_kv_kernel(
         coefficients = to_operand(grad_scores * row_scale[:, None], GRADIENT, GRADIENT_PRECISION)
         grad_k = tl.dot(tl.trans(coefficients), q.to(GRADIENT), grad_k, input_precision=GRADIENT_PRECISION)
 
+    norms = load_norms(k_norms_ptr, offs_m, keys, NORMALIZE)
     grad_k = through_norm(grad_k, k, k_scale, norms, NORMALIZE)
     store_rows(grad_k_ptr, grad_k_stride, grad_k, offs_m, keys, offs_d, depth)
     store_rows(grad_v_ptr, grad_v_stride, grad_v, offs_m, keys, offs_e, width)

@@ -19,16 +19,66 @@ import triton
 import triton.language as tl
 
 from restore_kernels.triton_common.tiles import batch_and_head
-from restore_kernels.triton_common.token_tiles import load_keys, load_queries, score_tile
+from restore_kernels.triton_common.token_tiles import load_rows, norm_of, over_norms, score_tile
+
+# --- scores, the same bits in every kernel --------------------------------------------------------
+
+
+@triton.jit
+def token_norms_kernel(x_ptr, norms_ptr, stride, heads, rows, depth, BLOCK_R: tl.constexpr):
+    """norms (B, H, rows) of x (B, H, rows, depth): a thread adds up its rows, column by column.
+
+    So the order of a sum does not depend on how a tile lies in registers, which the compiler decides by
+    all else in a kernel, and a norm is the same bits whenever it is computed.
+    """
+    tiles = tl.cdiv(rows, BLOCK_R)
+    batch, head, matrix = batch_and_head(tl.program_id(0) // tiles, heads)
+    offs = tl.program_id(0) % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    pointers = x_ptr + batch * stride[0] + head * stride[1] + offs.to(tl.int64) * stride[2]
+    squares = tl.zeros([BLOCK_R], dtype=tl.float32)
+    for _ in range(depth):
+        x = tl.load(pointers, mask=offs < rows, other=0.0).to(tl.float32)
+        squares = tl.fma(x, x, squares)
+        pointers += stride[3]
+    tl.store(norms_ptr + matrix * rows + offs, norm_of(squares), mask=offs < rows)
+
+
+@triton.jit
+def load_norms(norms_ptr, rows, row_count, NORMALIZE: tl.constexpr):
+    """Of rows of one head; ones without NORMALIZE."""
+    if NORMALIZE:
+        return tl.load(norms_ptr + rows, mask=rows < row_count, other=1.0)
+    else:
+        return tl.full([rows.shape[0]], 1.0, tl.float32)
+
+
+@triton.jit
+def load_queries(
+    q_ptr, q_stride, norms_ptr, temperature, offs_n, queries, offs_d, depth,
+    NORMALIZE: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries: operand [BLOCK_N, BLOCK_D] and scale of its scores."""
+    norms = load_norms(norms_ptr, offs_n, queries, NORMALIZE)
+    q, scale = over_norms(load_rows(q_ptr, q_stride, offs_n, queries, offs_d, depth), norms, PRECISE)
+    return q, temperature * scale
+
+
+@triton.jit
+def load_keys(
+    k_ptr, k_stride, norms_ptr, offs_m, keys, offs_d, depth, NORMALIZE: tl.constexpr, PRECISE: tl.constexpr
+):
+    """A tile of keys: operand [BLOCK_M, BLOCK_D] and its scale."""
+    norms = load_norms(norms_ptr, offs_m, keys, NORMALIZE)
+    return over_norms(load_rows(k_ptr, k_stride, offs_m, keys, offs_d, depth), norms, PRECISE)
 
 
 @triton.jit
 def scores_of_keys(
-    q, row_scale, k_ptr, k_stride, offs_m, keys, offs_d, depth,
+    q, row_scale, k_ptr, k_stride, k_norms_ptr, offs_m, keys, offs_d, depth,
     NORMALIZE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     is_key = offs_m < keys
-    k, k_scale, norms = load_keys(k_ptr, k_stride, offs_m, is_key, offs_d, depth, NORMALIZE, PRECISE)
+    k, k_scale = load_keys(k_ptr, k_stride, k_norms_ptr, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE)
     scores, products = score_tile(q, row_scale, k, k_scale, is_key, NORMALIZE, PRECISE, PRECISION)
     return scores
 
@@ -136,7 +186,7 @@ def find_tie(scores, low_score, offs_m, seen, needed):
 
 @triton.jit(do_not_specialize=["kept", "branch"])
 def token_select_kernel(
-    q_ptr, k_ptr, temperature_ptr, threshold_ptr, last_tie_ptr, log_sum_exp_ptr,
+    q_ptr, k_ptr, q_norms_ptr, k_norms_ptr, temperature_ptr, threshold_ptr, last_tie_ptr, log_sum_exp_ptr,
     q_stride, k_stride, temperature_stride, kept, branch, branches, heads, queries, keys, depth,
     NORMALIZE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -148,9 +198,11 @@ def token_select_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     q_ptr += batch * q_stride[0] + head * q_stride[1]
     k_ptr += batch * k_stride[0] + head * k_stride[1]
+    q_norms_ptr += matrix * queries
+    k_norms_ptr += matrix * keys
     temperature = tl.load(temperature_ptr + batch * temperature_stride[0] + head * temperature_stride[1])
-    q, row_scale, q_scale, norms = load_queries(
-        q_ptr, q_stride, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
+    q, row_scale = load_queries(
+        q_ptr, q_stride, q_norms_ptr, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
     )
 
     row_max = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -158,8 +210,9 @@ def token_select_kernel(
     for start in range(0, keys, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         scores = scores_of_keys(
-            q, row_scale, k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE, PRECISION
-        )
+            q, row_scale, k_ptr, k_stride, k_norms_ptr, offs_m, keys, offs_d, depth,
+            NORMALIZE, PRECISE, PRECISION,
+        )  # fmt: skip
         tile_min, tile_max = range_of(scores, offs_m, keys)
         row_min, row_max = tl.minimum(row_min, tile_min), tl.maximum(row_max, tile_max)
 
@@ -173,8 +226,9 @@ def token_select_kernel(
         for start in range(0, keys, BLOCK_M):
             offs_m = start + tl.arange(0, BLOCK_M)
             scores = scores_of_keys(
-                q, row_scale, k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE, PRECISION
-            )
+                q, row_scale, k_ptr, k_stride, k_norms_ptr, offs_m, keys, offs_d, depth,
+                NORMALIZE, PRECISE, PRECISION,
+            )  # fmt: skip
             counts = count_reaching(scores, low, high)
             first += counts & 1023
             second += (counts >> 10) & 1023
@@ -187,8 +241,9 @@ def token_select_kernel(
     for start in range(0, keys, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         scores = scores_of_keys(
-            q, row_scale, k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE, PRECISION
-        )
+            q, row_scale, k_ptr, k_stride, k_norms_ptr, offs_m, keys, offs_d, depth,
+            NORMALIZE, PRECISE, PRECISION,
+        )  # fmt: skip
         total += sum_of_kept(scores, bound, row_max)
         smallest, last = smallest_kept(scores, low_score, offs_m)
         last_tie = tl.where(smallest <= threshold, last, last_tie)
@@ -198,8 +253,9 @@ def token_select_kernel(
         for start in range(0, keys, BLOCK_M):
             offs_m = start + tl.arange(0, BLOCK_M)
             scores = scores_of_keys(
-                q, row_scale, k_ptr, k_stride, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE, PRECISION
-            )
+                q, row_scale, k_ptr, k_stride, k_norms_ptr, offs_m, keys, offs_d, depth,
+                NORMALIZE, PRECISE, PRECISION,
+            )  # fmt: skip
             tie, seen = find_tie(scores, low_score, offs_m, seen, kept - at_high)
             last_tie = tl.where(straddled & (tie >= 0), tie, last_tie)
 

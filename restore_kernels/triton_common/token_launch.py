@@ -26,7 +26,8 @@ def _score_tile(q: Tensor, length: int) -> tuple[int, int, int]:
     if q.dtype == torch.float32:
         return (16, 32, 4) if length <= 64 else (16, 16, 8)
     if length <= (64 if takes_64_rows(q) else 32):
-        return 64, 64, 8
+        # float16 multiplies gradients of scores as float32, see computed_operand.
+        return 64, 32 if q.dtype == torch.float16 and length > 32 else 64, 8
     return (32, 32, 8) if length <= 128 else (16, 16, 4)
 
 

@@ -23,22 +23,38 @@ def store_rows(ptr, stride, tile, rows, row_count, columns, column_count):
 
 
 @triton.jit
-def normalized(x, NORMALIZE: tl.constexpr, PRECISE: tl.constexpr):
-    """Operand of the score product, what to multiply the product with, and the norms, per row of x.
+def norm_of(squares):
+    """The L2 norm of a row from the sum of its squares, clamped from below."""
+    return tl.maximum(tl.sqrt_rn(squares), NORM_CLAMP, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def scale_of(norms, PRECISE: tl.constexpr):
+    """What to multiply products with ``over_norms``'s operand with, per row."""
+    return tl.full([norms.shape[0]], 1.0, tl.float32) if PRECISE else 1.0 / norms
+
+
+@triton.jit
+def over_norms(x, norms, PRECISE: tl.constexpr):
+    """Operand of the score product, and its scale, per row of x.
 
     The norm divides the product and leaves the operand in its dtype, or with PRECISE the operand.
     """
-    ones = tl.full([x.shape[0]], 1.0, tl.float32)
-    norms = ones
+    if PRECISE:
+        x = tl.div_rn(x.to(tl.float32), norms[:, None])
+    return x, scale_of(norms, PRECISE)
+
+
+@triton.jit
+def normalized(x, NORMALIZE: tl.constexpr, PRECISE: tl.constexpr):
+    """``over_norms`` and the norms themselves, which are summed up here: in an order that the compiler
+    chooses in every kernel anew."""
+    norms = tl.full([x.shape[0]], 1.0, tl.float32)
     if NORMALIZE:
         wide = x.to(tl.float32)
-        squares = tl.sum(wide * wide, axis=1)
-        roots = tl.sqrt_rn(squares) if PRECISE else tl.sqrt(squares)
-        norms = tl.maximum(roots, NORM_CLAMP, propagate_nan=tl.PropagateNan.ALL)
-    if PRECISE:
-        return tl.div_rn(x.to(tl.float32), norms[:, None]), ones, norms
-    else:
-        return x, 1.0 / norms, norms
+        norms = norm_of(tl.sum(wide * wide, axis=1))
+    x, scale = over_norms(x, norms, PRECISE)
+    return x, scale, norms
 
 
 @triton.jit
@@ -83,7 +99,7 @@ def score_tile(
 
 @triton.jit
 def through_norm(grad, x, scale, norms, NORMALIZE: tl.constexpr):
-    """The gradient of rows from that of the rows over their norms; x and scale are ``normalized``'s."""
+    """The gradient of rows from that of the rows over their norms; x and scale are ``over_norms``'s."""
     if NORMALIZE:
         unit = x.to(tl.float32) * scale[:, None]
         radial = tl.where(norms <= NORM_CLAMP, 0.0, tl.sum(grad * unit, axis=1))
