@@ -1,4 +1,4 @@
-"""What the tests replace in Triton's interpreter still does what it did."""
+"""What the tests replace in Triton's interpreter still does what it did; device functions by themselves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,25 @@ import torch
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
+to_operand = pytest.importorskip("restore_kernels.triton_common.tiles").to_operand
 
 pytestmark = pytest.mark.skipif(conformance.DEVICE != "cpu", reason="no interpreter on a GPU")
+
+
+@triton.jit
+def rounding_kernel(x_pointer, out_pointer):
+    at = tl.arange(0, 8)
+    tl.store(out_pointer + at, to_operand(tl.load(x_pointer + at), tl.float32, "tf32"))
+
+
+def test_rounding_to_tf32_keeps_every_nan():
+    """Of all bits set, as a GPU computes it, too."""
+    bits = [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800000, -0x800000, 0x3F801000, 0x3F803000, 0x3F800FFF]
+    x = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    out = torch.empty_like(x)
+    rounding_kernel[(1,)](x, out)
+    assert out[:3].isnan().all()
+    assert out[3:].tolist() == [float("inf"), -float("inf"), 1.0, 1 + 2.0**-9, 1.0]
 
 
 @triton.jit

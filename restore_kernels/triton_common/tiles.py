@@ -48,7 +48,9 @@ def to_operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
     nearest first halves the error and takes away its bias.
     """
     if PRECISION == "tf32":
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        x = x.to(tl.float32)
+        is_number = x == x  # the NaN that a GPU computes has all bits set: rounded, it would be -0
+        bits = tl.where(is_number, x.to(tl.int32, bitcast=True), 0)
         bits = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
-        return bits.to(tl.float32, bitcast=True)
+        return tl.where(is_number, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
