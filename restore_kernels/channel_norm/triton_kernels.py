@@ -41,9 +41,11 @@ def normalize_kernel(
         mask = (c < channels)[:, None] & (n < pixels)[None, :]
         offsets = image_offsets(n, x_stride, height, width, BLOCK_C)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_C, BLOCK_N]
-        mean = tl.sum(x, axis=0) / channels  # [BLOCK_N]
+        # Rounded once: what division leaves of equal channels, rstd multiplies by hundreds.
+        mean = tl.div_rn(tl.sum(x, axis=0), channels.to(tl.float32))  # [BLOCK_N]
         centred = tl.where((c < channels)[:, None], x - mean[None, :], 0.0)
-        rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, axis=0) / channels + eps)
+        variance = tl.div_rn(tl.sum(centred * centred, axis=0), channels.to(tl.float32))
+        rstd = 1 / tl.sqrt_rn(variance + eps)
         out = centred * rstd[None, :] * weight + bias if BIASED else x * rstd[None, :] * weight
         offsets = image_offsets(n, out_stride, height, width, BLOCK_C)
         tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
