@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from restore_kernels import native
 
 NO_KERNELS = "it has no kernels for this operator"
 NO_CUDA = {"cuda": NO_KERNELS}
+MOST_WIDE_COLUMNS = 256  # of the Triton kernels' rows in float32: more do not fit shared memory
 
 MOST_CHANNELS, MOST_BRANCHES = 256, 32  # csrc/cuda/channel_rows.cuh
 MOST_TOKEN_COLUMNS, MOST_TOKEN_BRANCHES = 128, 8  # csrc/cuda/token_launch.h, csrc/cuda/token_weights.cuh
@@ -21,7 +23,22 @@ def of_cuda(reason: str | None) -> dict[str, str]:
     return {} if reason is None else {"cuda": reason}
 
 
-def cuda_channels(q: Tensor, branches: int = 1) -> str | None:
+def channels(q: Tensor, branches: int = 1) -> dict[str, str]:
+    """The refusals of attention between the channels of q in so many branches."""
+    return of_cuda(_cuda_channels(q, branches))
+
+
+def tokens(q: Tensor, v: Tensor, branches: int = 1) -> dict[str, str]:
+    """The refusals of attention between the tokens of q and v in so many branches."""
+    refusals = of_cuda(_cuda_tokens(q, v, branches))
+    columns = max(q.shape[3], v.shape[3])
+    if q.dtype == torch.float32 and columns > MOST_WIDE_COLUMNS:
+        most = f"its token kernels take rows of at most {MOST_WIDE_COLUMNS} in float32"
+        refusals["triton"] = f"{most}, got {columns}"
+    return refusals
+
+
+def _cuda_channels(q: Tensor, branches: int = 1) -> str | None:
     """Why they do not cover attention between the channels of q in so many branches, or None."""
     if q.shape[2] > MOST_CHANNELS:
         return f"its channel kernels take heads of at most {MOST_CHANNELS} channels, got {q.shape[2]}"
@@ -30,7 +47,7 @@ def cuda_channels(q: Tensor, branches: int = 1) -> str | None:
     return little_shared_memory(q) if q.shape[2] > SHORT_CHANNELS else None
 
 
-def cuda_tokens(q: Tensor, v: Tensor, branches: int = 1) -> str | None:
+def _cuda_tokens(q: Tensor, v: Tensor, branches: int = 1) -> str | None:
     """Why they do not cover attention between the tokens of q and v in so many branches, or None."""
     for name, x in (("q and k", q), ("v", v)):
         if x.shape[3] > MOST_TOKEN_COLUMNS:

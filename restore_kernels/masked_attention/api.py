@@ -92,8 +92,8 @@ def _check(q, k, v, mask, temperature, layout, out_proj) -> None:
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, layout: str) -> Call:
-    uncovered = coverage.cuda_channels(q) if layout == "channel" else coverage.cuda_tokens(q, v)
-    return Call("masked_attention", layout, (q, k, v), coverage.of_cuda(uncovered))
+    refusals = coverage.channels(q) if layout == "channel" else coverage.tokens(q, v)
+    return Call("masked_attention", layout, (q, k, v), refusals)
 
 
 def _plan(q, k, v, mask=None, *, temperature=None, normalize=True, layout="channel", out_proj=None,

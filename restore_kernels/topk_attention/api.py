@@ -112,11 +112,8 @@ def _check_topk(topk: TopK, row: int) -> list[int]:
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, layout: str, branches: int) -> Call:
-    if layout == "channel":
-        uncovered = coverage.cuda_channels(q, branches)
-    else:
-        uncovered = coverage.cuda_tokens(q, v, branches)
-    return Call("topk_attention", layout, (q, k, v), coverage.of_cuda(uncovered))
+    refusals = coverage.channels(q, branches) if layout == "channel" else coverage.tokens(q, v, branches)
+    return Call("topk_attention", layout, (q, k, v), refusals)
 
 
 def _plan(q, k, v, topk, *, weights=None, temperature=None, normalize=True, layout="channel",
