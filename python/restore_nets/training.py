@@ -247,6 +247,9 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
 
+FROZEN_BY_PYTHON = 1000  # at the most: from 3.12 on a process begins with some hundreds
+
+
 @contextmanager
 def collector_spared() -> Iterator[None]:
     """Within, Python's garbage collector leaves alone what existed before.
@@ -254,7 +257,7 @@ def collector_spared() -> Iterator[None]:
     A step makes so many objects that it runs a dozen times, and would look through all of PyTorch's each
     time: 4 % of a step of a small network.
     """
-    if gc.get_freeze_count():  # somebody sees to it who may not want an end of it
+    if gc.get_freeze_count() > FROZEN_BY_PYTHON:  # somebody sees to it who may not want an end of it
         yield
         return
     gc.collect()
