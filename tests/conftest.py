@@ -66,6 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ[CUDA_HOST_VARIABLE] = str(library)
     else:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # eager's products, deterministically
+        torch.backends.cudnn.allow_tf32 = False  # errors are measured against eager's own: in float32
     if hasattr(config, "workerinput"):  # pytest-xdist: the workers share the cores
         torch.set_num_threads(1)
     os.environ.pop("RESTORE_KERNELS_BACKEND", None)  # the tests name their backends

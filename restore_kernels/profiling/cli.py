@@ -96,6 +96,7 @@ def _measure(
 ) -> list[tuple[Job, files.Row]]:
     """Add to the results; what was measured of ``jobs``, in their order."""
     device, begin = args.device, time.monotonic()
+    torch.backends.cudnn.allow_tf32 = False  # float32 is that for all; errors count in units of eager's own
     seconds = args.seconds or (0.5 if args.quick else 3.0)
     dtypes = dict.fromkeys(dtype for dtype, _ in jobs)
 
