@@ -10,9 +10,9 @@
 // memory is multiplied by one warp alone.
 //
 // Arithmetic. float32 is multiplied in three tf32 products (high·high + high·low + low·high), whose error is
-// that of float32, added up by add_rounded. 16-bit elements are multiplied as they are, their products being exact, or, WIDE, as
-// tf32, which holds them exactly too: where the other factor is float32, because a gate or a matrix of
-// gradients beyond float16's range must not be rounded to 16 bits.
+// that of float32, added up by add_rounded. 16-bit elements are multiplied as they are, their products being
+// exact, or, WIDE, as tf32, which holds them exactly too: where the other factor is float32, because a gate or a
+// matrix of gradients beyond float16's range must not be rounded to 16 bits.
 #pragma once
 
 #include "strided.cuh"
