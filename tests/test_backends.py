@@ -303,6 +303,19 @@ def test_the_nearest_measurement_decides(measured, shape, faster):
     assert choices.faster("topk_attention channel", x) == faster
 
 
+@pytest.mark.parametrize(("pixels", "scale"), [(16384, 2), (300, 3)])
+def test_the_compiler_takes_a_choice_in(measured, pixels, scale):
+    """cuda's at many pixels, triton's at few."""
+    factors = {"cuda": 2, "triton": 3}
+
+    def scaled(x):
+        return x * factors[choices.faster("topk_attention channel", x)]
+
+    x = torch.ones(8, 8, 48, pixels, dtype=torch.bfloat16)
+    compiled = torch.compile(scaled, backend="eager", fullgraph=True)
+    assert compiled(x)[0, 0, 0, 0] == scaled(x)[0, 0, 0, 0] == scale
+
+
 def test_what_was_not_measured_gets_the_default(measured, monkeypatch):
     x = torch.empty(8, 1, 48, 16384, dtype=torch.bfloat16, device="meta")
     assert choices.faster("topk_attention token", x) == choices.DEFAULT
