@@ -215,7 +215,7 @@ def run(options: Options, console: Console) -> Demo:
             advance(pair.name)
     calls = attention_calls(trainer.model, trainer.crops[0][0].to(device))
     times = []
-    with progress(console, "timing attention", len(calls)) as advance:
+    with exact_products(), progress(console, "timing attention", len(calls)) as advance:
         for call in calls:
             times.append(time_attention(call, device, SECONDS_FOR_TIMES / len(calls)))
             advance(str(call))

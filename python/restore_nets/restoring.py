@@ -54,7 +54,7 @@ def restore(model: nn.Module, image: Tensor, tile: int = DEFAULT_TILE) -> Tensor
             for columns in spans(width, tile or width, scale):
                 piece = image[None, :, rows.inside, columns.inside]
                 result, _ = outputs_of(model(piece.to(device)))
-                weights = rows.weights[:, None] * columns.weights
+                weights = (rows.weights[:, None] * columns.weights).to(image.device)
                 restored[:, rows.outside, columns.outside] += result[0].float().to(image.device) * weights
     return restored.clamp_(0, 1)
 

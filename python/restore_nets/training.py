@@ -91,8 +91,8 @@ _FREE = {"device", "workers"}
 class Trainer:
     """Trains a network on crops, step by step, and can stop and resume at every step.
 
-    A run that is interrupted, saved and resumed on the same machine gives bitwise the weights of one
-    that is not interrupted.
+    A run that is interrupted, saved and resumed on the same machine gives the weights of one that is not
+    interrupted: bitwise on a CPU, and on a GPU as far as PyTorch's own operators repeat their results there.
 
     Args:
         model: maps degraded (B, 3, H, W) to restored (B, 3, s H, s W), where s is its attribute
