@@ -1,8 +1,12 @@
-"""Writes restore_kernels/choices.json from the results of GPUs: of two backends, which was faster at what."""
+"""Writes restore_kernels/choices.json from the results of GPUs: of two backends, which was faster at what.
+
+``python benchmarks/choices.py [FOLDER ...]``: of benchmarks/results and of these, which get a copy.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -39,10 +43,13 @@ def call(case: BenchmarkCase):
 
 
 def main() -> None:
-    files = sorted((ROOT / "benchmarks/results").glob("*.json"))
-    results = [json.loads(file.read_text()) for file in files]
+    known = ROOT / "benchmarks/results"
+    others = [folder for folder in map(Path, sys.argv[1:]) if folder.resolve() != known]
+    files = {file.name: file for folder in (known, *others) for file in sorted(folder.glob("*.json"))}
+    results = [json.loads(file.read_text()) for name, file in files.items() if name != "choices.json"]
     table = [entry for result in results if result["machine"]["gpu"] for entry in entries(result)]
-    (ROOT / "restore_kernels/choices.json").write_text(json.dumps(table, indent=1) + "\n")
+    for folder in (ROOT / "restore_kernels", *others):
+        (folder / "choices.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

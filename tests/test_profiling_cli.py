@@ -265,6 +265,25 @@ def test_an_interrupted_run_keeps_what_it_measured(monkeypatch, tmp_path):
     assert row["case"] == norm.name
 
 
+def test_a_case_that_fails_is_said_and_left_out(monkeypatch, tmp_path, capsys):
+    norm, gate = small("channel_norm"), small("channel_gate")
+    measure = run.measure
+
+    def out_of_memory(case, *args, **kwargs):
+        if case is norm:
+            raise RuntimeError("out of memory")
+        return measure(case, *args, **kwargs)
+
+    monkeypatch.setitem(cli.CASES, "cpu", (norm, gate))
+    monkeypatch.setattr(cli, "measure", out_of_memory)
+    monkeypatch.setattr(cli, "GROWTH_CASES", ())
+    assert profile("--all", "--out", str(tmp_path)) == 1
+    (path,) = tmp_path.iterdir()
+    (row,) = json.loads(path.read_text())["cases"]
+    assert row["case"] == gate.name
+    assert "failed: out of memory" in capsys.readouterr().err
+
+
 def test_a_backend_that_fails_gets_no_time(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("out of\nregisters")

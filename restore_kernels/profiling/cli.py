@@ -44,16 +44,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run ``profile`` with these arguments; returns the exit status, 2 for a mistake in them."""
+    """Run ``profile`` with these arguments; the exit status is 1 if a case failed, 2 for a mistake."""
     try:
-        _profile(arguments)
+        return _profile(arguments)
     except (UsageError, ValueError, OSError) as error:
         print(f"restore-kernels profile: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
-def _profile(arguments: Sequence[str]) -> None:
+def _profile(arguments: Sequence[str]) -> int:
     args = _parse(arguments)
     cases, growth = _chosen(args)
     for name in ("json", "csv", "html", "trace"):
@@ -70,7 +69,7 @@ def _profile(arguments: Sequence[str]) -> None:
     }  # fmt: skip
     jobs = [(DTYPES[name], case) for name in dtypes for case in cases]
     try:
-        measured = _measure(args, results, jobs, [(DTYPES[dtypes[0]], case) for case in growth])
+        measured, failed = _measure(args, results, jobs, [(DTYPES[dtypes[0]], case) for case in growth])
     except BaseException:
         if args.out and results["cases"]:  # an hour's work, but no results file
             _write_file(files.write_json, results, _results_path(args, results).with_suffix(".json.partial"))
@@ -86,6 +85,7 @@ def _profile(arguments: Sequence[str]) -> None:
         from restore_kernels.profiling.table import show
 
         show(results, Console())
+    return 1 if failed else 0
 
 
 Job = tuple[torch.dtype, BenchmarkCase]
@@ -93,8 +93,8 @@ Job = tuple[torch.dtype, BenchmarkCase]
 
 def _measure(
     args: argparse.Namespace, results: files.Results, jobs: Sequence[Job], growth: Sequence[Job]
-) -> list[tuple[Job, files.Row]]:
-    """Add to the results; what was measured of ``jobs``, in their order."""
+) -> tuple[list[tuple[Job, files.Row]], int]:
+    """Add to the results; what was measured of ``jobs``, in their order, and how many cases failed."""
     device, begin = args.device, time.monotonic()
     torch.backends.cudnn.allow_tf32 = False  # float32 is that for all; errors count in units of eager's own
     seconds = args.seconds or (0.5 if args.quick else 3.0)
@@ -117,15 +117,21 @@ def _measure(
     add_ceilings()
     passes = args.html is not None or not args.quick
     measured: dict[Job, files.Row] = {}
+    failed = 0
     for dtype, case in in_time("case", jobs if args.limit is None else _by_rank(jobs)):
-        row = measure(case, device, dtype, seconds, compiled=args.compile, passes=passes)
+        try:
+            row = measure(case, device, dtype, seconds, compiled=args.compile, passes=passes)
+        except RuntimeError as error:  # out of memory, say: the others have their times all the same
+            print(f"failed: {' '.join(str(error).split())}", file=sys.stderr)
+            failed += 1
+            continue
         measured[dtype, case] = row
         results["cases"] = [measured[job] for job in jobs if job in measured]
     for dtype, case in in_time("growing", growth):
         row = measure(case, device, dtype, seconds / 4, compared=affordable(case, device))
         results["growth"].append(row)
     add_ceilings()
-    return [(job, measured[job]) for job in jobs if job in measured]
+    return [(job, measured[job]) for job in jobs if job in measured], failed
 
 
 def _name(dtype: torch.dtype) -> str:

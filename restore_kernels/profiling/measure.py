@@ -59,6 +59,9 @@ def interleave(
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
+HEAD_START = 4_000_000  # cycles, some two milliseconds
+
+
 def _once_on_cpu(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
@@ -66,11 +69,14 @@ def _once_on_cpu(call: Callable[[], object]) -> float:
 
 
 def _once_on_gpu(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """Between events, behind kernels that sweep the cache and idle: what is measured is launched by then, and
+    the time is the device's, not Python's."""
     sweep = torch.empty(256 << 20, dtype=torch.uint8, device=device)  # several times the L2 cache
 
     def once(call: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         sweep.zero_()
+        torch.cuda._sleep(HEAD_START)
         start.record()
         call()
         end.record()

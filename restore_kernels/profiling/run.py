@@ -41,8 +41,8 @@ SLOW = 2e10
 AFFORDABLE = {"cpu": (5e11, 1e9), "cuda": (5e13, 1e10)}
 
 
-def runnable_backends(case: BenchmarkCase, device: str, dtype: torch.dtype) -> list[str]:
-    why_not = case.why_not(case.inputs(dtype, device))
+def runnable_backends(case: BenchmarkCase, x: Inputs, device: str) -> list[str]:
+    why_not = case.why_not(x)
     return [name for name in BACKENDS[device] if why_not[name] is None]
 
 
@@ -113,7 +113,7 @@ def measure(
             row["wrong"]["torch.compile"] = reason
             del calls["torch.compile"]
     published = set(calls)
-    for backend in runnable_backends(case, device, dtype):
+    for backend in runnable_backends(case, x, device):
         reason = failure(partial(wrong, case, backend, device, dtype))
         if reason is not None:  # no speed for a wrong result
             row["wrong"][backend] = reason

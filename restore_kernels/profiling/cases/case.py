@@ -28,11 +28,12 @@ class Inputs:
 
     def perturbed(self, seed: int) -> Inputs:
         """Every value moved by about one rounding of float32."""
-        generator = torch.Generator().manual_seed(seed)
+        device = self.grad_out.device
+        generator = torch.Generator(device).manual_seed(seed)
         eps = torch.finfo(torch.float32).eps
 
         def moved(x: Tensor) -> Tensor:
-            noise = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+            noise = torch.randn(x.shape, generator=generator, device=device).to(x.dtype)
             return x.detach() * (1 + eps * noise)
 
         tensors = {name: moved(x).requires_grad_() for name, x in self.tensors.items()}

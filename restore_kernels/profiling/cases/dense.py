@@ -54,11 +54,11 @@ class DenseCase(BenchmarkCase):
         return replace(self, shape=(1, 2, 8, 8), outputs=3)
 
     def inputs(self, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         batch, channels, height, width = self.shape
 
         def drawn(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
 
         tensors = {"x": drawn(*self.shape), "weight": drawn(self.outputs, channels, 3, 3)}
         grad_out = drawn(batch, self.outputs, height, width)

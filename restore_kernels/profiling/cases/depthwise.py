@@ -68,7 +68,7 @@ class DepthwiseCase(BenchmarkCase):
         return replace(self, shape=(1, 2 * self.inputs_per_output, 8, 8))
 
     def inputs(self, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         batch, channels, height, width = self.shape
         outputs = channels // self.inputs_per_output
         shapes = {
@@ -80,10 +80,10 @@ class DepthwiseCase(BenchmarkCase):
         if self.gate == "with":
             shapes["gate"] = (batch, outputs, height, width)
         tensors = {
-            name: torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+            name: torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
             for name, shape in shapes.items()
         }
-        grad_out = torch.randn((batch, outputs, height, width), generator=generator).to(device, dtype)
+        grad_out = torch.randn((batch, outputs, height, width), generator=generator, device=device).to(dtype)
         return Inputs(tensors, grad_out)
 
     def arguments(self, x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -55,10 +55,10 @@ class GateCase(BenchmarkCase):
             )
 
     def inputs(self, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
 
         def randn(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
 
         channels, hidden = self.shape[1], self.shape[1] // self.reduction
         tensors = {

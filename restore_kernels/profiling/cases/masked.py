@@ -104,22 +104,22 @@ class MaskedCase(BenchmarkCase):
         return replace(self, shape=shape)
 
     def inputs(self, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         batch, heads = self.shape[:2]
-        mask = torch.rand(self._mask_shape, generator=generator)
+        mask = torch.rand(self._mask_shape, generator=generator, device=device)
         if self.layout == "channel":
             shapes = [self.shape] * 3
         else:
             queries, keys, depth = self.shape[2:]
             shapes = [(batch, heads, queries, depth)] + 2 * [(batch, heads, keys, depth)]
         tensors = {
-            name: torch.randn(shape, generator=generator).to(device, dtype)
+            name: torch.randn(shape, generator=generator, device=device).to(dtype)
             for name, shape in zip("qkv", shapes, strict=True)
         }
         if self.mask != "none":
             tensors["mask"] = (0.05 + 0.95 * mask).to(device)
         tensors["temperature"] = torch.ones(heads, 1, 1, device=device)
-        grad_out = torch.randn(shapes[0], generator=generator).to(device, dtype)
+        grad_out = torch.randn(shapes[0], generator=generator, device=device).to(dtype)
         return Inputs({name: x.requires_grad_() for name, x in tensors.items()}, grad_out)
 
     def arguments(self, x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -46,9 +46,13 @@ class NormCase(BenchmarkCase):
         return replace(self, shape=(1, 4, 8, 8))
 
     def inputs(self, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-        generator = torch.Generator().manual_seed(seed)
-        x, grad_out = (torch.randn(self.shape, generator=generator).to(device, dtype) for _ in range(2))
-        weight, bias = (torch.randn(self.shape[1], generator=generator).to(device, dtype) for _ in range(2))
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        x, grad_out = normal(*self.shape), normal(*self.shape)
+        weight, bias = normal(self.shape[1]), normal(self.shape[1])
         tensors = {"x": x, "weight": weight, "bias": bias}
         return Inputs({name: t.requires_grad_() for name, t in tensors.items()}, grad_out)
 

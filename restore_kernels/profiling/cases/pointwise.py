@@ -57,11 +57,11 @@ class PointwiseCase(BenchmarkCase):
         return replace(self, shape=(1, 2 * self.images, 8, 8), outputs=3)
 
     def inputs(self, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         batch, channels, height, width = self.shape
 
         def drawn(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
 
         of_images = [len(part) for part in torch.arange(channels).tensor_split(self.images)]
         tensors = {f"x{i}": drawn(batch, count, height, width) for i, count in enumerate(of_images)}

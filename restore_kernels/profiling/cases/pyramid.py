@@ -101,15 +101,16 @@ class PyramidCase(BenchmarkCase):
         return replace(self, shape=(1, *self.shape[1:3], 10, 10))
 
     def inputs(self, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         batch, channels, of_values, height, width = self.shape
         shapes = {"query": (batch, channels, height, width)}
         shapes |= {f"keys[{i}]": (batch, channels, *size) for i, size in enumerate(self.level_sizes)}
         shapes |= {f"values[{i}]": (batch, of_values, *size) for i, size in enumerate(self.level_sizes)}
         tensors = {
-            name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()
+            name: torch.randn(shape, generator=generator, device=device).to(dtype)
+            for name, shape in shapes.items()
         }
-        grad_out = torch.randn(batch, of_values, height, width, generator=generator).to(device, dtype)
+        grad_out = torch.randn(batch, of_values, height, width, generator=generator, device=device).to(dtype)
         return Inputs({name: x.requires_grad_() for name, x in tensors.items()}, grad_out)
 
     def excerpt(self, x: Inputs) -> Excerpt:

@@ -103,12 +103,14 @@ class TopKCase(BenchmarkCase):
                 )
 
     def inputs(self, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         branches = len(self.topk)
-        tensors = {name: torch.randn(self.shape, generator=generator).to(device, dtype) for name in "qkv"}
+        tensors = {
+            name: torch.randn(self.shape, generator=generator, device=device).to(dtype) for name in "qkv"
+        }
         tensors["weights"] = torch.full((branches,), 0.8 / branches, device=device)
         tensors["temperature"] = torch.ones(self.shape[1], 1, 1, device=device)
-        grad_out = torch.randn(self.shape, generator=generator).to(device, dtype)
+        grad_out = torch.randn(self.shape, generator=generator, device=device).to(dtype)
         return Inputs({name: x.requires_grad_() for name, x in tensors.items()}, grad_out)
 
     def excerpt(self, x: Inputs) -> Excerpt:
