@@ -67,8 +67,8 @@ gpu-sanitize:
 		tests/test_cuda_channel.py tests/test_cuda_token.py tests/test_cuda_pyramid.py > $(OUT)/gpu-sanitize.txt 2>&1; status=$$?; tail -n 20 $(OUT)/gpu-sanitize.txt; exit $$status
 
 gpu-bench:
-	$(TIMEOUT) 170 $(GPU_PYTHON) -m restore_kernels profile --all --device cuda --seconds 0.5 --limit 130 $(COMPILE) --out $(OUT)
-	$(GPU_PYTHON) benchmarks/choices.py $(OUT)
+	$(TIMEOUT) 170 $(GPU_PYTHON) -m restore_kernels profile --all --device cuda --seconds 0.5 --limit 130 $(COMPILE) --out $(OUT); status=$$?; \
+		$(GPU_PYTHON) benchmarks/choices.py $(OUT); exit $$status
 
 gpu-steps:
 	$(TIMEOUT) 500 $(GPU_PYTHON) benchmarks/steps.py $(NETWORKS) --device cuda --compile; status=$$?; \
