@@ -217,6 +217,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "channel gate C=48": lambda dtype: _channel_gate(dtype, 48, 12),
     "channel gate C=64 channels_last": lambda dtype: _channel_gate(dtype, 64, 4, pixel_major=True),
     "channel gate C=512": lambda dtype: _channel_gate(dtype, 512, 32),
+    "channel norm C=1": lambda dtype: _channel_norm(dtype, 1, True),  # to Triton a size of 1 is a constant
     "channel norm C=48": lambda dtype: _channel_norm(dtype, 48, True),
     "channel norm C=48 channels_last": lambda dtype: _channel_norm(dtype, 48, True, pixel_major=True),
     "channel norm C=384 without bias": lambda dtype: _channel_norm(dtype, 384, False),

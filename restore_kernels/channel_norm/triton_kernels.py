@@ -42,9 +42,9 @@ def normalize_kernel(
         offsets = image_offsets(n, x_stride, height, width, BLOCK_C)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_C, BLOCK_N]
         # Rounded once: what division leaves of equal channels, rstd multiplies by hundreds.
-        mean = tl.div_rn(tl.sum(x, axis=0), channels.to(tl.float32))  # [BLOCK_N]
+        mean = tl.div_rn(tl.sum(x, axis=0), channels * 1.0)  # [BLOCK_N]
         centred = tl.where((c < channels)[:, None], x - mean[None, :], 0.0)
-        variance = tl.div_rn(tl.sum(centred * centred, axis=0), channels.to(tl.float32))
+        variance = tl.div_rn(tl.sum(centred * centred, axis=0), channels * 1.0)
         rstd = 1 / tl.sqrt_rn(variance + eps)
         out = centred * rstd[None, :] * weight + bias if BIASED else x * rstd[None, :] * weight
         offsets = image_offsets(n, out_stride, height, width, BLOCK_C)
