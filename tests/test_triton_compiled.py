@@ -24,7 +24,9 @@ class Operator:
 
 OPERATORS = {
     "topk_attention": Operator(
-        ("channel heads=8 out_proj", "token D=32 M=64"), on_matrix_units=("bfloat16",)
+        ("channel heads=8 out_proj", "token D=32 M=64", "token D=48 M=64"),
+        dtypes=("float32", "bfloat16", "float16"),
+        on_matrix_units=("bfloat16", "float16"),
     ),
     "masked_attention": Operator(
         ("masked channel heads=1 gated", "masked token 16x65536 D=48"),
@@ -32,7 +34,7 @@ OPERATORS = {
     ),
     "pyramid_attention": Operator(("pyramid 3x3 Cq=32 Cv=64",), ("bfloat16",), ("bfloat16",)),
     "channel_gate": Operator(("channel gate C=48", "channel gate C=64 channels_last")),
-    "channel_norm": Operator(("channel norm C=48", "channel norm C=384 without bias")),
+    "channel_norm": Operator(("channel norm C=1", "channel norm C=48", "channel norm C=384 without bias")),
     "depthwise_conv2d": Operator(("depthwise 7x7 dilated", "depthwise 5x5 paired gelu gated")),
     "pointwise_conv2d": Operator(
         ("pointwise 96 to 510", "pointwise 8 images to 96, crops"), on_matrix_units=("float32", "bfloat16")

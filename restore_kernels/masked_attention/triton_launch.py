@@ -122,7 +122,7 @@ def masked_attention_token_backward(
             backward_kernels.masked_grad_q_kernel, tiles.row_tiles * key_splits,
             *inputs, row_sums, grad_q, partial_q, temperature_terms, *strides, grad_q.stride(), *sizes,
             key_splits, key_tiles_per_split,
-            SPLIT=key_splits > 1, ONE_TILE=keys <= block_m, **constants, **gradient,
+            SPLIT=key_splits > 1, ONE_TILE=keys <= block_m, **constants, **gradient, **NO_SPILLS,
         )  # fmt: skip
         launch(
             backward_kernels.masked_grad_kv_kernel, key_tiles * query_splits,

@@ -64,7 +64,7 @@ def topk_attention_token(
     last_tie = torch.empty_like(threshold, dtype=torch.int32)
     log_sum_exp = torch.empty_like(threshold)
     selection = (threshold, last_tie, log_sum_exp)
-    tiles = TokenTiles.of(q, k, v, normalize)
+    tiles = TokenTiles.of(q, k, v, normalize, selects=True)
     block_e = block(width, UNBOUNDED)
     sizes = (heads, queries, keys, depth, width)
     norms = _norms(q, k, normalize)
@@ -94,9 +94,11 @@ def _norms(q: Tensor, k: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """Of the rows of both, (B, H, N) and (B, H, M); nothing without ``normalize``."""
 
     def of(x: Tensor) -> Tensor:
-        batch, heads, rows, depth = x.shape
         norms = torch.empty(x.shape[:3] if normalize else (0,), dtype=torch.float32, device=x.device)
-        programs = batch * heads * triton.cdiv(rows, NORM_ROWS) if normalize else 0
+        if not normalize:
+            return norms
+        batch, heads, rows, depth = x.shape
+        programs = batch * heads * triton.cdiv(rows, NORM_ROWS)
         launch(token_norms_kernel, programs, x, norms, x.stride(), heads, rows, depth, BLOCK_R=NORM_ROWS)
         return norms
 
@@ -114,7 +116,7 @@ def topk_attention_token_backward(
     grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     row_sums = torch.empty_like(log_sum_exp)
     temperature_terms = log_sum_exp.new_empty((batch, heads, queries))
-    tiles = TokenTiles.of(q, k, v, normalize)
+    tiles = TokenTiles.of(q, k, v, normalize, selects=True)
     dtype, mode = computed_operand(q.dtype, depth)
     constants = tiles.constants | {"BRANCHES": branches, "BLOCK_E": block(width, UNBOUNDED)}
     gradient = {"GRADIENT": triton_dtype(dtype), "GRADIENT_PRECISION": mode}

@@ -3,14 +3,15 @@
 Shapes: q (B, H, N, D), k (B, H, M, D), v (B, H, M, E), J branches; S = temperature * q̂ k̂ᵀ (N, M).
 A score takes 2 D operations to compute and 4 bytes to store or load; tiles are recomputed instead.
 
-token_select_kernel    per branch: threshold, last_tie and log_sum_exp of every row
+token_norms_kernel     norms of the rows of q and of k, forward and backward: reads each once
                        (``triton_token_selection``).
+token_select_kernel    per branch: threshold, last_tie and log_sum_exp of every row (there, too).
 token_output_kernel    out = P v for known selections: reads q once, k and v once per tile of queries,
                        writes out; 2 (D + E) operations per score.
 token_window_kernel    both at once, all branches, for rows that fit one tile (windows): reads q, k, v
                        once, writes out once.
-token_grad_q_kernel    dq, and per row the sums r_j = rowsum(p_j dP) and the terms of dtemperature;
-                       two passes over the keys, of 2 (D + E) and 2 (2 D + E) operations per score.
+token_row_sums_kernel  per row the sums r_j = rowsum(p_j dP): 2 (D + E) operations per score.
+token_grad_q_kernel    dq, and per row the terms of dtemperature: 2 (2 D + E) operations per score.
 token_grad_kv_kernel   dk and dv: one pass over the queries per tile of keys; 4 (D + E) per score.
 
 At D = E = 32 and in bfloat16 the output's 128 operations per score are 123 cycles of an H200's
@@ -37,10 +38,10 @@ from restore_kernels.topk_attention.triton_token_selection import (
     count_reaching,
     find_tie,
     is_open,
-    load_keys,
+    keys_over_norms,
     load_norms,
-    load_queries,
     narrow,
+    queries_over_norms,
     range_of,
     scores_of_keys,
     selected_range,
@@ -105,7 +106,7 @@ def token_output_kernel(
     out_ptr += batch * out_stride[0] + head * out_stride[1]
     weights_ptr += batch * weights_stride[0] + head * weights_stride[1]
     temperature = tl.load(temperature_ptr + batch * temperature_stride[0] + head * temperature_stride[1])
-    q, row_scale = load_queries(
+    q, row_scale = queries_over_norms(
         q_ptr, q_stride, q_norms_ptr, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
     )
     mask = offs_n < queries
@@ -154,7 +155,7 @@ def token_window_kernel(
     out_ptr += batch * out_stride[0] + head * out_stride[1]
     weights_ptr += batch * weights_stride[0] + head * weights_stride[1]
     temperature = tl.load(temperature_ptr + batch * temperature_stride[0] + head * temperature_stride[1])
-    q, row_scale = load_queries(
+    q, row_scale = queries_over_norms(
         q_ptr, q_stride, q_norms_ptr, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
     )
     scores = scores_of_keys(
@@ -216,7 +217,7 @@ def token_row_sums_kernel(
     k_norms_ptr += matrix * keys
     v_ptr += batch * v_stride[0] + head * v_stride[1]
     temperature = tl.load(temperature_ptr + batch * temperature_stride[0] + head * temperature_stride[1])
-    q, row_scale = load_queries(
+    q, row_scale = queries_over_norms(
         q_ptr, q_stride, q_norms_ptr, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
     )
     grad_out = load_rows(grad_out_ptr, grad_out_stride, offs_n, queries, offs_e, width)  # [BLOCK_N, BLOCK_E]
@@ -265,7 +266,7 @@ def token_grad_q_kernel(
     grad_q_ptr += batch * grad_q_stride[0] + head * grad_q_stride[1]
     weights_ptr += batch * weights_stride[0] + head * weights_stride[1]
     temperature = tl.load(temperature_ptr + batch * temperature_stride[0] + head * temperature_stride[1])
-    q, row_scale = load_queries(
+    q, row_scale = queries_over_norms(
         q_ptr, q_stride, q_norms_ptr, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
     )
     grad_out = load_rows(grad_out_ptr, grad_out_stride, offs_n, queries, offs_e, width)  # [BLOCK_N, BLOCK_E]
@@ -278,7 +279,9 @@ def token_grad_q_kernel(
     for start in range(0, keys, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         is_key = offs_m < keys
-        k, k_scale = load_keys(k_ptr, k_stride, k_norms_ptr, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE)
+        k, k_scale = keys_over_norms(
+            k_ptr, k_stride, k_norms_ptr, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE
+        )
         scores, products = score_tile(q, row_scale, k, k_scale, is_key, NORMALIZE, PRECISE, PRECISION)
         v = load_rows(v_ptr, v_stride, offs_m, keys, offs_e, width)  # [BLOCK_M, BLOCK_E]
         grad_mixture = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)  # dP [BLOCK_N, BLOCK_M]
@@ -327,7 +330,9 @@ def token_grad_kv_kernel(
     weights_ptr += batch * weights_stride[0] + head * weights_stride[1]
     temperature = tl.load(temperature_ptr + batch * temperature_stride[0] + head * temperature_stride[1])
     is_key = offs_m < keys
-    k, k_scale = load_keys(k_ptr, k_stride, k_norms_ptr, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE)
+    k, k_scale = keys_over_norms(
+        k_ptr, k_stride, k_norms_ptr, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE
+    )
     v = load_rows(v_ptr, v_stride, offs_m, keys, offs_e, width)  # [BLOCK_M, BLOCK_E]
 
     grad_k = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -336,7 +341,7 @@ def token_grad_kv_kernel(
         offs_n = start + tl.arange(0, BLOCK_N)
         mask = offs_n < queries
         rows = (matrix * queries + offs_n) * BRANCHES
-        q, row_scale = load_queries(
+        q, row_scale = queries_over_norms(
             q_ptr, q_stride, q_norms_ptr, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
         )
         scores, products = score_tile(q, row_scale, k, k_scale, is_key, NORMALIZE, PRECISE, PRECISION)

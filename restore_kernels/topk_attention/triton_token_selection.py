@@ -53,7 +53,7 @@ def load_norms(norms_ptr, rows, row_count, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def load_queries(
+def queries_over_norms(
     q_ptr, q_stride, norms_ptr, temperature, offs_n, queries, offs_d, depth,
     NORMALIZE: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,7 @@ def load_queries(
 
 
 @triton.jit
-def load_keys(
+def keys_over_norms(
     k_ptr, k_stride, norms_ptr, offs_m, keys, offs_d, depth, NORMALIZE: tl.constexpr, PRECISE: tl.constexpr
 ):
     """A tile of keys: operand [BLOCK_M, BLOCK_D] and its scale."""
@@ -78,7 +78,9 @@ def scores_of_keys(
     NORMALIZE: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     is_key = offs_m < keys
-    k, k_scale = load_keys(k_ptr, k_stride, k_norms_ptr, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE)
+    k, k_scale = keys_over_norms(
+        k_ptr, k_stride, k_norms_ptr, offs_m, keys, offs_d, depth, NORMALIZE, PRECISE
+    )
     scores, products = score_tile(q, row_scale, k, k_scale, is_key, NORMALIZE, PRECISE, PRECISION)
     return scores
 
@@ -201,7 +203,7 @@ def token_select_kernel(
     q_norms_ptr += matrix * queries
     k_norms_ptr += matrix * keys
     temperature = tl.load(temperature_ptr + batch * temperature_stride[0] + head * temperature_stride[1])
-    q, row_scale = load_queries(
+    q, row_scale = queries_over_norms(
         q_ptr, q_stride, q_norms_ptr, temperature, offs_n, queries, offs_d, depth, NORMALIZE, PRECISE
     )
 

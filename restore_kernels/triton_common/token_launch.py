@@ -17,7 +17,7 @@ def takes_64_rows(x: Tensor) -> bool:
     return 9 <= capability(x.device) <= 11
 
 
-def _score_tile(q: Tensor, length: int) -> tuple[int, int, int]:
+def _score_tile(q: Tensor, length: int, selects: bool) -> tuple[int, int, int]:
     """Queries, keys and warps of a tile whose gradients, rows of this length, stay in registers.
 
     Instructions that take 64 rows take at least one operand from shared memory, which leaves registers
@@ -26,8 +26,9 @@ def _score_tile(q: Tensor, length: int) -> tuple[int, int, int]:
     if q.dtype == torch.float32:
         return (16, 32, 4) if length <= 64 else (16, 16, 8)
     if length <= (64 if takes_64_rows(q) else 32):
-        # float16 multiplies gradients of scores as float32, see computed_operand.
-        return 64, 32 if q.dtype == torch.float16 and length > 32 else 64, 8
+        # Beside a selection, gradients of float16's scores, which are float32 (computed_operand), leave no
+        # room for 64 queries. Keys are as many as ever: windows fit one tile.
+        return 32 if selects and q.dtype == torch.float16 and length > 32 else 64, 64, 8
     return (32, 32, 8) if length <= 128 else (16, 16, 4)
 
 
@@ -43,10 +44,10 @@ class TokenTiles:
     key_tiles: int
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, normalize: bool) -> TokenTiles:
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, normalize: bool, selects: bool = False) -> TokenTiles:
         (batch, heads, queries, depth), (keys, width) = q.shape, v.shape[2:]
         block_d, block_e = block(depth, UNBOUNDED), block(width, UNBOUNDED)
-        rows, columns, warps = _score_tile(q, max(block_d, block_e))
+        rows, columns, warps = _score_tile(q, max(block_d, block_e), selects)
         block_n, block_m = block(queries, rows), block(keys, columns)
         constants = {
             "NORMALIZE": normalize, "PRECISE": depth < SHORT, "PRECISION": precision(q.dtype, depth),
