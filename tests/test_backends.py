@@ -12,6 +12,7 @@ import restore_kernels
 from restore_kernels import (
     backends,
     choices,
+    coverage,
     explain,
     masked_attention,
     native,
@@ -301,6 +302,27 @@ def measured(monkeypatch, tmp_path):
 def test_the_nearest_measurement_decides(measured, shape, faster):
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     assert choices.faster("topk_attention channel", x) == faster
+
+
+def reasons(layout, dtype, *shape):
+    q = torch.empty(shape, dtype=dtype)
+    return explain(masked_attention, q, q, q, layout=layout).why_not
+
+
+def test_rows_too_long_for_shared_memory_are_refused(monkeypatch):
+    """CUDA's, on a GPU of 99 KiB a block, and Triton's float32."""
+    monkeypatch.setattr(coverage.native, "why_little_shared_memory", lambda *_: "little shared memory")
+    monkeypatch.setitem(backends._REASONS, "cuda", lambda call: None)
+    monkeypatch.setitem(backends._REASONS, "triton", lambda call: None)
+    for layout, short, long in (
+        ("channel", (1, 1, 48, 4), (1, 1, 49, 4)),
+        ("token", (1, 1, 4, 64), (1, 1, 4, 65)),
+    ):
+        assert reasons(layout, torch.float32, *short)["cuda"] is None
+        assert reasons(layout, torch.float32, *long)["cuda"] == "little shared memory"
+    assert reasons("token", torch.float32, 1, 1, 4, 256)["triton"] is None
+    assert "at most 256 in float32, got 257" in reasons("token", torch.float32, 1, 1, 4, 257)["triton"]
+    assert reasons("token", torch.bfloat16, 1, 1, 4, 257)["triton"] is None
 
 
 @pytest.mark.parametrize(("pixels", "scale"), [(16384, 2), (300, 3)])
