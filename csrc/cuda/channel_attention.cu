@@ -188,7 +188,7 @@ void launch_apply(const Call& call, const std::array<Stream, SIDES>& streams, in
     p.side[s] = streams[s].template side<T, M>(call);
     p.copies &= rows_align(p.side[s].x.x) && rows_align(p.side[s].out.x);
   }
-  // One wave of four blocks a processor.
+  // About one wave: four blocks a processor, three of those with the most registers.
   const int64_t tiles = ceil_divide(call.pixels, kTilePixels<T>), matrices = call.batch * groups;
   const int64_t row_tiles = ceil_divide(rows, kTile);
   p.run = std::max<int64_t>(1, ceil_divide(tiles * matrices * row_tiles, 4 * processors()));
