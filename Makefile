@@ -56,8 +56,8 @@ gpu:
 
 gpu-%: export PYTHONPATH = .:python
 
-# Thousands of kernels to compile, a good part of an hour of one core: every process has its share of all suites, so
-# that where the time is up something of each has run.
+# Thousands of kernels to compile, a good part of an hour of one core: where the time is up, something of every suite has
+# run (tests/conftest.py).
 gpu-test:
 	$(TIMEOUT) 220 $(GPU_TEST) --require-backends triton,cuda --numprocesses auto --dist worksteal \
 		$(GPU_SUITES:%=tests/test_%.py) > $(OUT)/gpu-test.txt 2>&1; status=$$?; tail -n 40 $(OUT)/gpu-test.txt; exit $$status
@@ -68,7 +68,7 @@ gpu-sanitize:
 
 gpu-bench:
 	$(TIMEOUT) 170 $(GPU_PYTHON) -m restore_kernels profile --all --device cuda --seconds 0.5 --limit 130 $(COMPILE) --out $(OUT); status=$$?; \
-		$(GPU_PYTHON) benchmarks/choices.py $(OUT); exit $$status
+		$(GPU_PYTHON) benchmarks/choices.py $(OUT) && exit $$status
 
 gpu-steps:
 	$(TIMEOUT) 500 $(GPU_PYTHON) benchmarks/steps.py $(NETWORKS) --device cuda --compile; status=$$?; \

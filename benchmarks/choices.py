@@ -43,9 +43,10 @@ def call(case: BenchmarkCase):
 
 
 def main() -> None:
-    known = ROOT / "benchmarks/results"
+    known = (ROOT / "benchmarks/results").resolve()
     others = [folder for folder in map(Path, sys.argv[1:]) if folder.resolve() != known]
-    files = {file.name: file for folder in (known, *others) for file in sorted(folder.glob("*.json"))}
+    # Partial ones too: what was measured in a run that was cut short, after what is complete.
+    files = {file.name: file for folder in (known, *others) for file in sorted(folder.glob("*.json*"))}
     results = [json.loads(file.read_text()) for name, file in files.items() if name != "choices.json"]
     table = [entry for result in results if result["machine"]["gpu"] for entry in entries(result)]
     for folder in (ROOT / "restore_kernels", *others):

@@ -33,7 +33,7 @@ def summary() -> str:
 
 def summary_table(found: list[Results]) -> str:
     lines = [
-        f"| forward and backward | {' | '.join(map(machine_name, found))} | extra memory, eager and ours |",
+        f"| case | {' | '.join(map(machine_name, found))} | extra memory, eager / ours |",
         "|---|" + "---|" * (len(found) + 1),
     ]
     rows = [{title(row): row for row in result["cases"]} for result in found]
@@ -45,12 +45,16 @@ def summary_table(found: list[Results]) -> str:
 
 
 def summary_cell(row: dict[str, Any]) -> str:
-    """The quickest of ours, and how many times as long the published computation takes."""
-    if not (found := sorted(ours(row), key=lambda item: item[1]["median"])):
-        return "wrong"
+    """The quickest of ours, how many times as long the published computation takes, and what is wrong."""
+    found = sorted(ours(row), key=lambda item: item[1]["median"])
+    wrong = [name for name in row["wrong"] if name != "torch.compile"]
+    faults = "".join(f"{name} wrong" for name in wrong)
+    if not found:
+        return faults or "not measured"
     (name, entry), eager = found[0], row["alternatives"].get("eager")
     ratio = f", {eager['median'] / entry['median']:.1f}x" if eager else ""
-    return f"{digits(entry['median'] * 1e3)} ms{ratio}" + (f" ({name})" if len(found) > 1 else "")
+    named = f" ({name})" if len(found) + len(wrong) > 1 else ""
+    return f"{digits(entry['median'] * 1e3)} ms{ratio}{named}{'; ' if faults else ''}{faults}"
 
 
 def summary_memory(row: dict[str, Any]) -> str:

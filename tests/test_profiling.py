@@ -146,6 +146,13 @@ def test_tables_and_the_plot(row, tmp_path):
     (line,) = tables.summary_table([result, {**result, "cases": []}]).splitlines()[2:]
     assert line.startswith("| pyramid_attention 2x4+5x20x22, float32, forward | ")
     assert "x | not measured | " in line
+    cuda, ours = row["alternatives"]["cpu"], {**row, "wrong": {"triton": "out: relative error 1"}}
+    gpu = {**ours, "alternatives": {**row["alternatives"], "cuda": {**cuda, "median": 1e-9}}}
+    assert tables.summary_cell(ours).endswith("x (cpu); triton wrong")
+    assert tables.summary_cell(gpu).startswith(
+        "1e-06 ms, "
+    ) and "x (cuda); triton wrong" in tables.summary_cell(gpu)
+    assert tables.summary_cell({**ours, "alternatives": {}}) == "triton wrong"
     (line,) = tables.growth_table(result).splitlines()[4:]
     assert "| 576 pixels | 9216 |" in line and "| 2.00 |" in line and line.endswith("| 1.00 |")
     drawing = script("growth")

@@ -241,9 +241,15 @@ def test_a_limit_leaves_something_of_each_operator(clock, monkeypatch, tmp_path,
     assert [row["case"] for row in results["cases"]] == [norm.name, gate.name] and not results["growth"]
     output = capsys.readouterr().err
     assert "15 s are over: 1 left out (case)" in output and "1 left out (growing)" in output
-    assert profile("--all", "--out", str(tmp_path)) == 0
+    trace = tmp_path / "a.trace"
+    assert profile("--all", "--out", str(tmp_path), "--trace", str(trace)) == 0
     results = json.loads(path.read_text())
     assert [row["case"] for row in results["cases"]] == [norm.name, other.name, gate.name]
+    assert f"{gate}: eager" in trace.read_text()
+    whole = path.read_text()
+    assert profile("--all", "--limit", "15", "--out", str(tmp_path)) == 0
+    assert path.read_text() == whole  # what was cut short does not replace it
+    assert len(json.loads(path.with_suffix(".json.partial").read_text())["cases"]) == 2
 
 
 def test_an_interrupted_run_keeps_what_it_measured(monkeypatch, tmp_path):
@@ -276,12 +282,12 @@ def test_a_case_that_fails_is_said_and_left_out(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setitem(cli.CASES, "cpu", (norm, gate))
     monkeypatch.setattr(cli, "measure", out_of_memory)
-    monkeypatch.setattr(cli, "GROWTH_CASES", ())
+    monkeypatch.setattr(cli, "GROWTH_CASES", (norm,))
     assert profile("--all", "--out", str(tmp_path)) == 1
     (path,) = tmp_path.iterdir()
     (row,) = json.loads(path.read_text())["cases"]
     assert row["case"] == gate.name
-    assert "failed: out of memory" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("failed: RuntimeError: out of memory") == 2
 
 
 def test_a_backend_that_fails_gets_no_time(monkeypatch):

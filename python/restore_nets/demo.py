@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from restore_kernels.profiling.measure import exact_products
 from restore_nets import figures, report
 from restore_nets.attention_calls import AttentionTimes, attention_calls, time_attention
 from restore_nets.checkpoints import save_checkpoint
@@ -34,7 +35,7 @@ from restore_nets.data import (
 )
 from restore_nets.demo_recipes import DEFAULT_MODELS, RECIPES, DemoRecipe
 from restore_nets.images import from_bytes, to_bytes, write_image
-from restore_nets.kernel_checks import EAGER_RUNS, Agreement, exact_products, follow_losses
+from restore_nets.kernel_checks import EAGER_RUNS, Agreement, follow_losses
 from restore_nets.masks import MaskCheck, check_mask
 from restore_nets.match_figure import match_picture
 from restore_nets.metrics import Score, score

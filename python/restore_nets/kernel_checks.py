@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -64,17 +63,6 @@ class Agreement:
 
 def _agreeing_steps(differences: list[float]) -> int:
     return next((step for step, difference in enumerate(differences) if difference > AGREE), len(differences))
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Within, cuDNN multiplies float32 as such and not as TF32: losses differ by float32's rounding alone."""
-    was = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = was
 
 
 def follow_losses(

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from restore_nets.kernel_checks import Agreement, exact_products, follow_losses
+from restore_kernels.profiling.measure import exact_products
+from restore_nets.kernel_checks import Agreement, follow_losses
 from restore_nets.profiling import Step
 from restore_nets.training import Trainer
 

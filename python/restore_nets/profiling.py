@@ -266,7 +266,9 @@ def _profile_step(
     right = {name: alternative for name, alternative in alternatives.items() if name not in wrong}
     on_stage("timing")
     with collector_spared():  # as in Trainer.train
-        timings = interleave(right, seconds=seconds, min_runs=min_runs, warm_ups=1, device=step.device)
+        timings = interleave(
+            right, seconds=seconds, min_runs=min_runs, warm_ups=1, device=step.device, head_start=False
+        )
     result: dict[str, Any] = {
         "step": asdict(step),
         "parameters": sum(p.numel() for p in alternatives[EAGER].trainer.model.parameters()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import json
 import sys
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from restore_kernels.profiling import results as files
 from restore_kernels.profiling.cases import CPU_CASES, GPU_CASES, GROWTH_CASES, OPERATORS, BenchmarkCase
 from restore_kernels.profiling.cases.case import nearest, one_of
 from restore_kernels.profiling.machine import ceilings, machine
+from restore_kernels.profiling.measure import exact_products
 from restore_kernels.profiling.run import affordable, measure, trace
 
 CASES = {"cpu": CPU_CASES, "cuda": GPU_CASES}
@@ -67,16 +69,17 @@ def _profile(arguments: Sequence[str]) -> int:
     results: files.Results = {
         "machine": machine(args.device), "ceilings": {}, "cases": [], "growth": [],
     }  # fmt: skip
-    jobs = [(DTYPES[name], case) for name in dtypes for case in cases]
+    jobs = [*dict.fromkeys((DTYPES[name], case) for name in dtypes for case in cases)]
     try:
         measured, failed = _measure(args, results, jobs, [(DTYPES[dtypes[0]], case) for case in growth])
     except BaseException:
-        if args.out and results["cases"]:  # an hour's work, but no results file
+        if args.out and results["cases"]:
             _write_file(files.write_json, results, _results_path(args, results).with_suffix(".json.partial"))
         raise
     _write(args, results)
     if args.trace:
-        timed = [(case, dtype, [*row["alternatives"]]) for (dtype, case), row in measured]
+        names = [[*row["alternatives"]] for row in results["cases"]]
+        timed = [(case, dtype, own) for (dtype, case), own in zip(measured, names, strict=True)]
         trace(timed, args.device, args.trace)
         print(f"wrote {args.trace}", file=sys.stderr)
     if args.table:
@@ -91,12 +94,12 @@ def _profile(arguments: Sequence[str]) -> int:
 Job = tuple[torch.dtype, BenchmarkCase]
 
 
+@exact_products()
 def _measure(
     args: argparse.Namespace, results: files.Results, jobs: Sequence[Job], growth: Sequence[Job]
-) -> tuple[list[tuple[Job, files.Row]], int]:
-    """Add to the results; what was measured of ``jobs``, in their order, and how many cases failed."""
-    device, begin = args.device, time.monotonic()
-    torch.backends.cudnn.allow_tf32 = False  # float32 is that for all; errors count in units of eager's own
+) -> tuple[list[Job], int]:
+    """Add to the results; which jobs were measured, in the order of their rows, and how many failed."""
+    device, begin, failed = args.device, time.monotonic(), 0
     seconds = args.seconds or (0.5 if args.quick else 3.0)
     dtypes = dict.fromkeys(dtype for dtype, _ in jobs)
 
@@ -106,32 +109,39 @@ def _measure(
             known = results["ceilings"].setdefault(name, found)
             results["ceilings"][name] = {rate: max(found[rate], known[rate]) for rate in found}
 
-    def in_time(kind: str, jobs: Sequence[Job]) -> Iterator[Job]:
-        for i, (dtype, case) in enumerate(jobs, 1):
+    def rows(
+        kind: str, jobs: Sequence[Job], measure_one: Callable[[Job], files.Row]
+    ) -> Iterator[tuple[Job, files.Row]]:
+        """Of what is begun in time and does not fail, by being too large, say: that stops no other."""
+        nonlocal failed
+        for i, job in enumerate(jobs, 1):
             if args.limit is not None and time.monotonic() - begin >= args.limit:
                 print(f"{args.limit:g} s are over: {len(jobs) - i + 1} left out ({kind})", file=sys.stderr)
                 return
-            print(f"{kind} {i} of {len(jobs)}, {_name(dtype)}: {case}", file=sys.stderr, flush=True)
-            yield dtype, case
+            print(f"{kind} {i} of {len(jobs)}, {_name(job[0])}: {job[1]}", file=sys.stderr, flush=True)
+            try:
+                row = measure_one(job)
+            except Exception as error:
+                print(f"failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+                failed += 1
+            else:
+                yield job, row
+
+    def whole(job: Job) -> files.Row:
+        passes = args.html is not None or not args.quick
+        return measure(job[1], device, job[0], seconds, compiled=args.compile, passes=passes)
+
+    def grown(job: Job) -> files.Row:
+        return measure(job[1], device, job[0], seconds / 4, compared=affordable(job[1], device))
 
     add_ceilings()
-    passes = args.html is not None or not args.quick
     measured: dict[Job, files.Row] = {}
-    failed = 0
-    for dtype, case in in_time("case", jobs if args.limit is None else _by_rank(jobs)):
-        try:
-            row = measure(case, device, dtype, seconds, compiled=args.compile, passes=passes)
-        except RuntimeError as error:  # out of memory, say: the others have their times all the same
-            print(f"failed: {' '.join(str(error).split())}", file=sys.stderr)
-            failed += 1
-            continue
-        measured[dtype, case] = row
+    for job, row in rows("case", jobs if args.limit is None else _by_rank(jobs), whole):
+        measured[job] = row
         results["cases"] = [measured[job] for job in jobs if job in measured]
-    for dtype, case in in_time("growing", growth):
-        row = measure(case, device, dtype, seconds / 4, compared=affordable(case, device))
-        results["growth"].append(row)
+    results["growth"] += [row for _, row in rows("growing", growth, grown)]
     add_ceilings()
-    return [(job, measured[job]) for job in jobs if job in measured], failed
+    return [job for job in jobs if job in measured], failed
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -164,7 +174,11 @@ def _write(args: argparse.Namespace, results: files.Results) -> None:
         (args.json, files.write_json), (args.csv, files.write_csv),
     ]  # fmt: skip
     if args.out:
-        outputs.append((_results_path(args, results), files.write_json))
+        path = _results_path(args, results)
+        known = len(json.loads(path.read_text())["cases"]) if path.exists() else 0
+        if known > len(results["cases"]):  # what was cut short does not replace what was not
+            path = path.with_suffix(".json.partial")
+        outputs.append((path, files.write_json))
     if args.html:
         from restore_kernels.profiling.page import write_html
 
@@ -286,7 +300,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     out.add_argument(
         "--trace", type=Path, metavar="FILE", help="a Chrome trace of a step of everything timed"
     )
-    out.add_argument("--out", type=Path, metavar="DIR", help="JSON named after the machine; with --all alone")
+    out.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="JSON named after the machine; with --all alone. .json.partial if the run is interrupted, "
+        "or has fewer cases than are there",
+    )  # fmt: skip
 
     args, unknown = parser.parse_known_args(arguments)
     if unknown:

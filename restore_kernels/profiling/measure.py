@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,7 @@ def interleave(
     min_runs: int = 5,
     warm_ups: int = 2,
     device: str = "cpu",
+    head_start: bool = True,
 ) -> dict[str, Timing]:
     """Time each alternative, one call of each in turn, until ``seconds`` have passed.
 
@@ -46,8 +48,11 @@ def interleave(
         min_runs: calls of each at the least, whatever the time.
         warm_ups: calls of each that come first and do not count.
         device: where the calls run: ``"cpu"`` or ``"cuda"``.
+        head_start: a GPU idles for two milliseconds before a call, and as much of launching from Python is
+            not in its time.
     """
-    once = _once_on_gpu(torch.device(device)) if torch.device(device).type == "cuda" else _once_on_cpu
+    gpu = torch.device(device).type == "cuda"
+    once = _once_on_gpu(torch.device(device), HEAD_START if head_start else 0) if gpu else _once_on_cpu
     for call in alternatives.values():
         for _ in range(warm_ups):
             once(call)
@@ -59,6 +64,17 @@ def interleave(
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Within, cuDNN multiplies float32 as such, not as TF32: results differ by float32's rounding alone."""
+    was = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = was
+
+
 HEAD_START = 4_000_000  # cycles, some two milliseconds
 
 
@@ -68,15 +84,15 @@ def _once_on_cpu(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _once_on_gpu(device: torch.device) -> Callable[[Callable[[], object]], float]:
-    """Between events, behind kernels that sweep the cache and idle: what is measured is launched by then, and
-    the time is the device's, not Python's."""
+def _once_on_gpu(device: torch.device, idle: int) -> Callable[[Callable[[], object]], float]:
+    """Between events, behind kernels that sweep the cache and idle for so many cycles."""
     sweep = torch.empty(256 << 20, dtype=torch.uint8, device=device)  # several times the L2 cache
 
     def once(call: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         sweep.zero_()
-        torch.cuda._sleep(HEAD_START)
+        if idle:
+            torch.cuda._sleep(idle)
         start.record()
         call()
         end.record()

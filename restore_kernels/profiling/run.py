@@ -121,7 +121,9 @@ def measure(
         calls[backend] = lambda backend=backend: case.step(x, lambda x: case.ours(x, backend))
     if not calls:
         return row
-    effort = {"min_runs": 3, "warm_ups": 1} if max(case.flops, case.published_flops) > SLOW else {}
+    effort: dict[str, Any] = (
+        {"min_runs": 3, "warm_ups": 1} if max(case.flops, case.published_flops) > SLOW else {}
+    )
     for name, timing in interleave(calls, seconds=seconds, device=device, **effort).items():
         flops = case.published_flops if name in published else case.flops
         row["alternatives"][name] = {**dataclasses.asdict(timing), "flops": flops}

@@ -117,7 +117,7 @@ class MaskedCase(BenchmarkCase):
             for name, shape in zip("qkv", shapes, strict=True)
         }
         if self.mask != "none":
-            tensors["mask"] = (0.05 + 0.95 * mask).to(device)
+            tensors["mask"] = 0.05 + 0.95 * mask
         tensors["temperature"] = torch.ones(heads, 1, 1, device=device)
         grad_out = torch.randn(shapes[0], generator=generator, device=device).to(dtype)
         return Inputs({name: x.requires_grad_() for name, x in tensors.items()}, grad_out)
