@@ -48,7 +48,7 @@ def summary_cell(row: dict[str, Any]) -> str:
     """The quickest of ours, how many times as long the published computation takes, and what is wrong."""
     found = sorted(ours(row), key=lambda item: item[1]["median"])
     wrong = [name for name in row["wrong"] if name != "torch.compile"]
-    faults = "".join(f"{name} wrong" for name in wrong)
+    faults = ", ".join(f"{name} wrong" for name in wrong)
     if not found:
         return faults or "not measured"
     (name, entry), eager = found[0], row["alternatives"].get("eager")
