@@ -74,7 +74,7 @@ def topk_attention_token(
         if keys <= tiles.constants["BLOCK_M"]:
             launch(
                 token_kernels.token_window_kernel, tiles.row_tiles, *inputs, *strides, tuple(topk), *sizes,
-                BRANCHES=branches, BLOCK_E=block_e, **tiles.constants,
+                BRANCHES=branches, BLOCK_E=block_e, **tiles.constants, **NO_SPILLS,
             )  # fmt: skip
             return out, *selection
         for branch, kept in enumerate(topk):
