@@ -123,11 +123,6 @@ void block(Matrix<const float> a, Matrix<const float> b, Matrix<float> c, bool a
 
 constexpr int64_t kBlock = 2 * kSide;
 
-// How often multiply() calls `idle`, at least.
-inline int64_t idle_calls(int64_t rows, int64_t columns, int64_t depth) {
-  return ceil_div(rows, kBlock) * ceil_div(columns, kBlock) * ceil_div(depth, kDepth);
-}
-
 // c = a b + addend, in a Session, with rows of pairs in a and pairs of rows in b. The addend may be c itself. `depth`
 // counts numbers; up to a multiple of 32 they are there, and 0. As many rows of a and columns of b as make a multiple
 // of 16 may be read.
@@ -135,6 +130,7 @@ inline void multiply(Matrix<const float> a, Matrix<const float> b, Matrix<float>
                      int64_t depth, Addend<float> addend, Prefetches idle) {
   using Vec = at::vec::Vectorized<float>;
   const int64_t steps = ceil_div(depth, kDepth);
+  idle.spread(ceil_div(rows, kBlock) * ceil_div(columns, kBlock) * steps, 1);  // called after every step
   const bool add = addend.matrix.data, to_itself = addend.matrix.data == c.data && !addend.scale;
   for (int64_t j = 0; j < columns; j += kBlock)
     for (int64_t i = 0; i < rows; i += kBlock) {
@@ -169,7 +165,6 @@ inline void multiply(Matrix<const float> a, Matrix<const float> b, Matrix<float>
 #else
 inline bool supported() { return false; }
 struct Session {};
-inline int64_t idle_calls(int64_t, int64_t, int64_t) { return 0; }
 inline void multiply(Matrix<const float>, Matrix<const float>, Matrix<float>, int64_t, int64_t, int64_t, Addend<float>,
                      Prefetches) {}  // never called
 #endif

@@ -77,11 +77,6 @@ inline void join_rows(const void* source, int64_t source_row, float* target, int
   }
 }
 
-inline int64_t idle_calls(int64_t rows, int64_t columns, int64_t depth) {
-  if (amx::supported()) return amx::idle_calls(rows, columns, depth);
-  return restore_kernels::idle_calls<float>(rows, columns, ceil_div(depth, 2));
-}
-
 // c = a b + addend, in an amx::Session, see there.
 inline void multiply(Matrix<const float> a, Matrix<const float> b, Matrix<float> c, int64_t rows, int64_t columns,
                      int64_t depth, Addend<float> addend, Prefetches idle) {

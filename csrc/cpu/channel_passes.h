@@ -69,9 +69,8 @@ void gram_and_squares(const Problem<T>& p, const Division& division, const Tenso
         const Matrix<const T> q_rows = read_rows<S, T>(q_image, n, count, {q_tile.get(), pitch(division.tile)});
         gate.load(b, h, 1, n, count);
         const Matrix<const T> k_rows = read_gated_rows<S, T>(k_image, gate, n, count, {k_tile.get(), pitch(division.tile)});
-        const int64_t calls = idle_calls_of_rows<T>(C, C, count);
-        auto next_q = prefetch(q_image, n + count, division.after(n), calls);
-        auto next_k = prefetch(k_image, n + count, division.after(n), calls);
+        auto next_q = prefetch(q_image, n + count, division.after(n));
+        auto next_k = prefetch(k_image, n + count, division.after(n));
         if (p.normalize) {
           add_lane_squares<T>(q_rows, squares.get(), C, count);
           add_lane_squares<T>(k_rows, squares.get() + lanes, C, count);
@@ -123,9 +122,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem<T>& p, const Tensor& q,
         const Matrix<T> source{v_tile.get(), division.tile}, scratch{out_tile.get(), division.tile};
         gate.load(p.batch_of(group), p.head_of(group), v_image.heads, n, count);
         load_gated_rows<S, T>(v_image, gate, n, count, source);
-        auto next_v = prefetch(v_image, n + count, division.after(n), idle_calls<T>(rows_out, count, in));
+        auto next_v = prefetch(v_image, n + count, division.after(n));
+        auto next_out = prefetch_for_writing(out_image, n + count, division.after(n));
         write_rows<S, T>(out_image, n, count, scratch, [&](Matrix<T> target) {
-          multiply<T>({matrix + group * rows_out * in, in}, source, target, rows_out, count, in, {}, {next_v});
+          multiply<T>({matrix + group * rows_out * in, in}, source, target, rows_out, count, in, {}, {next_v, next_out});
         });
       });
     }
@@ -154,10 +154,9 @@ void backward_values(const Problem<T>& p, const Division& division, const Tensor
         load_rows<S, T>(do_image, n, count, rows);
         gate.load(b, h, v_image.heads, n, count);
         const Matrix<const T> v_rows = read_gated_rows<S, T>(v_image, gate, n, count, spare);
-        auto this_dv = prefetch_for_writing(dv_image, n, count, idle_calls_of_rows<T>(rows_out, in, count));
-        const int64_t calls = idle_calls<T>(in, count, rows_out);
-        auto next_do = prefetch(do_image, n + count, division.after(n), calls);
-        auto next_v = prefetch(v_image, n + count, division.after(n), calls);
+        auto this_dv = prefetch_for_writing(dv_image, n, count);
+        auto next_do = prefetch(do_image, n + count, division.after(n));
+        auto next_v = prefetch(v_image, n + count, division.after(n));
         multiply_rows<T>(rows, v_rows, {partial, in}, rows_out, in, count, {this_dv});
         write_ungated_rows<S, T>(dv_image, v_image, gate, spare, grad_mask, b, h, n, count, false, scratch,
                                  [&](Matrix<T> dv) {
@@ -189,16 +188,16 @@ void backward_queries_keys(const Problem<T>& p, const Tensor& q, const Tensor& k
         load_rows<S, T>(q_image, n, count, q_tile);
         gate.load(b, h, 1, n, count);
         load_gated_rows<S, T>(k_image, gate, n, count, k_tile);
-        const int64_t calls = idle_calls<T>(C, count, C);
-        auto next_q = prefetch(q_image, n + count, division.after(n), calls);
-        auto next_k = prefetch(k_image, n + count, division.after(n), calls);
-        auto this_dk = prefetch_for_writing(dk_image, n, count, calls);
+        auto next_q = prefetch(q_image, n + count, division.after(n));
+        auto next_k = prefetch(k_image, n + count, division.after(n));
+        auto next_dq = prefetch_for_writing(dq_image, n + count, division.after(n));
+        auto this_dk = prefetch_for_writing(dk_image, n, count);
         write_rows<S, T>(dq_image, n, count, scratch, [&](Matrix<T> dq) {
           multiply<T>(e_head, k_tile, dq, C, count, C, {q_tile, diagonal}, {this_dk, next_q});
         });
         write_ungated_rows<S, T>(dk_image, k_image, gate, k_tile, grad_mask, b, h, n, count, true, scratch,
                                  [&](Matrix<T> dk) {
-          multiply<T>(e_head.transposed(), q_tile, dk, C, count, C, {k_tile, diagonal + C}, {next_k});
+          multiply<T>(e_head.transposed(), q_tile, dk, C, count, C, {k_tile, diagonal + C}, {next_k, next_dq});
         });
       });
     }

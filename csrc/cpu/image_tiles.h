@@ -95,13 +95,13 @@ void load_rows(const Image<const S>& image, int64_t n, int64_t count, Matrix<T> 
 
 // Of the first head only: with several heads in a tile the products dwarf the transfers.
 template <typename S>
-Prefetch prefetch(const Image<S>& image, int64_t n, int64_t count, int64_t calls) {
-  return {image.first_head(n), image.channels, count, calls};
+Prefetch prefetch(const Image<S>& image, int64_t n, int64_t count) {
+  return {image.first_head(n), image.channels, count};
 }
 
 template <typename S>
-Prefetch prefetch_for_writing(const Image<S>& image, int64_t n, int64_t count, int64_t calls) {
-  return {image.first_head(n), image.channels, count, calls, true};
+Prefetch prefetch_for_writing(const Image<S>& image, int64_t n, int64_t count) {
+  return {image.first_head(n), image.channels, count, true};
 }
 
 // Whether the rows can be read and written where they lie: one matrix of the accumulation type whose

@@ -77,7 +77,9 @@ std::vector<Part> make_parts(const Problem<T>& p, int64_t count) {
 template <typename S>
 void prefetch_rows(const Tensor& x, int64_t b, int64_t h, int64_t first, int64_t count) {
   const int64_t left = std::min(count, x.size(2) - first);
-  if (left > 0) Prefetch(head<const S>(x, b, h).from(first, 0), left, x.size(3), 1)();
+  if (left <= 0) return;
+  Prefetch rows(head<const S>(x, b, h).from(first, 0), left, x.size(3));
+  rows(rows.lines());
 }
 
 // Queries transposed: what is done to each of them is done to a vector of them at once.

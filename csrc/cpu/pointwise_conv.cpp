@@ -53,7 +53,7 @@ void each_image(TensorList images, int64_t begin, int64_t end, F f) {
 }
 
 // c = a b + addend in stretches of about kDepth of the depth, whose part of b block(first, count) makes available.
-// ahead(first, count, calls) is what to ask the memory system for meanwhile.
+// ahead(first, count) is what to ask the memory system for meanwhile.
 template <typename Factors, typename T, typename Block, typename Ahead>
 void multiply_in_stretches(Matrix<const T> a, Block block, Matrix<T> c, int64_t rows, int64_t columns, int64_t depth,
                            Addend<T> addend, Ahead ahead) {
@@ -61,7 +61,7 @@ void multiply_in_stretches(Matrix<const T> a, Block block, Matrix<T> c, int64_t 
   for (int64_t k = 0; k < depth; k += stretch) {
     const int64_t count = std::min(stretch, depth - k);
     Factors::multiply(a.from(0, k / Factors::kTogether), block(k, count), c, rows, columns, count,
-                      k == 0 ? addend : Addend<T>{c}, ahead(k, count, Factors::idle_calls(rows, columns, count)));
+                      k == 0 ? addend : Addend<T>{c}, ahead(k, count));
   }
 }
 
@@ -124,16 +124,16 @@ void forward(TensorList x, const Tensor& weight, const OptionalTensor& bias, con
             });
             return packed.second_factor(channels, columns);
           };
-          const auto ahead = [&](int64_t c, int64_t channels, int64_t calls) {
+          const auto ahead = [&](int64_t c, int64_t channels) {
             const bool last = c + channels >= p.channels, in_place = p.channels <= kDepth;
             Prefetches next;
             const int64_t from_channel = last ? 0 : c + channels;
             each_image(x, from_channel, from_channel + channels, [&](size_t i, int64_t from, int64_t at, int64_t taken) {
               const auto source = pixels.from<const S>(x[i], index, last ? n + columns : n).from(from, 0);
-              if (at == 0) next.first = Prefetch(source, taken, columns, calls);
+              if (at == 0) next.first = Prefetch(source, taken, columns);
             });
             const auto written = pixels.from<S>(out, index, in_place ? n + columns : n).from(o, 0);
-            if (last) next.second = Prefetch(written, count, columns, calls, true);
+            if (last) next.second = Prefetch(written, count, columns, true);
             return next;
           };
           const Addend<T> biases = bias ? Addend<T>{{ones.data(), 0}, bias->const_data_ptr<T>() + o} : Addend<T>{};
@@ -194,12 +194,12 @@ class BackwardTiles {
       columns_.add_columns(pixels_.from<const S>(x_[i], index, n).from(from, 0), at, taken, columns);
     });
     const auto block = [&](int64_t i, int64_t) { return columns_.columns().from(i / Factors::kTogether, 0); };
-    const auto ahead = [&](int64_t i, int64_t stretch, int64_t calls) {
+    const auto ahead = [&](int64_t i, int64_t stretch) {
       Prefetches next;
       each_image(x_, c, c + count, [&](size_t image, int64_t from, int64_t at, int64_t taken) {
         if (at > 0 || !results_.x[image].defined()) return;
         const auto written = pixels_.from<S>(results_.x[image], index, n + i).from(from, 0);
-        next.first = Prefetch(written, taken, stretch, calls, true);
+        next.first = Prefetch(written, taken, stretch, true);
       });
       return next;
     };
@@ -210,13 +210,13 @@ class BackwardTiles {
   void make_image(int64_t index, int64_t n, int64_t columns, size_t i, int64_t channel, int64_t count,
                   Matrix<const T> weight, Matrix<const T> grad) const {
     const auto block = [&](int64_t o, int64_t) { return grad.from(o / Factors::kTogether, 0); };
-    const auto ahead = [&](int64_t o, int64_t outputs, int64_t calls) {
+    const auto ahead = [&](int64_t o, int64_t outputs) {
       const int64_t from = o * count / p_.outputs, to = (o + outputs) * count / p_.outputs;  // the same part of x
       const auto next_grad = pixels_.from<const S>(grad_out_, index, n + columns).from(o, 0);
-      Prefetches next{Prefetch(next_grad, outputs, columns, calls), {}};
+      Prefetches next{Prefetch(next_grad, outputs, columns), {}};
       if (results_.weight) {
         const auto next_x = pixels_.from<const S>(x_[i], index, n + columns).from(channel + from, 0);
-        next.second = Prefetch(next_x, to - from, columns, calls);
+        next.second = Prefetch(next_x, to - from, columns);
       }
       return next;
     };

@@ -70,9 +70,6 @@ class Numbers {
       sums[i] += at::vec::reduce_all<T>([](auto a, auto b) { return a + b; }, rows_.get() + i * row_, columns);
   }
 
-  static int64_t idle_calls(int64_t rows, int64_t columns, int64_t depth) {
-    return restore_kernels::idle_calls<T>(rows, columns, depth);
-  }
   static void multiply(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns, int64_t depth,
                        Addend<T> addend, Prefetches idle) {
     restore_kernels::multiply<T>(a, b, c, rows, columns, depth, addend, idle);
@@ -124,9 +121,6 @@ class Pairs {
     }
   }
 
-  static int64_t idle_calls(int64_t rows, int64_t columns, int64_t depth) {
-    return pairs::idle_calls(rows, columns, depth);
-  }
   static void multiply(Matrix<const float> a, Matrix<const float> b, Matrix<float> c, int64_t rows, int64_t columns,
                        int64_t depth, Addend<float> addend, Prefetches idle) {
     pairs::multiply(a, b, c, rows, columns, depth, addend, idle);

@@ -16,21 +16,22 @@ class Prefetch {
  public:
   Prefetch() = default;
 
-  // The whole tile (rows x columns) will have been asked for after `calls` calls. Tiles without
-  // contiguous lines are not asked for.
+  // A tile (rows x columns) without contiguous lines is not asked for.
   template <typename S>
-  Prefetch(Matrix<S> tile, int64_t rows, int64_t columns, int64_t calls, bool write = false) : write_(write) {
+  Prefetch(Matrix<S> tile, int64_t rows, int64_t columns, bool write = false) : write_(write) {
     if (tile.col != 1) tile = tile.transposed(), std::swap(rows, columns);
     if (tile.col != 1) return;
     data_ = reinterpret_cast<const char*>(tile.data);
     row_ = tile.row * static_cast<int64_t>(sizeof(S));
     width_ = columns * static_cast<int64_t>(sizeof(S));
     rows_ = rows;
-    lines_per_call_ = (rows * ((width_ + kLine - 1) / kLine) + calls - 1) / calls;
   }
 
-  void operator()() {
-    for (int64_t wanted = lines_per_call_; wanted > 0 && rows_ > 0;) {
+  int64_t lines() const { return rows_ * ceil_div(width_, kLine); }
+
+  // Asks for so many lines, if they are left. A call would move the caller's sums from registers to memory and back.
+  __attribute__((always_inline)) void operator()(int64_t wanted) {
+    while (wanted > 0 && rows_ > 0) {
       const int64_t end = std::min(width_, column_ + wanted * kLine);
       wanted -= ceil_div(end - column_, kLine);
       if (write_)
@@ -45,15 +46,28 @@ class Prefetch {
   static constexpr int64_t kLine = 64;  // bytes
   static constexpr int kIntoL2 = 2;
   const char* data_ = nullptr;
-  int64_t row_ = 0, width_ = 0, rows_ = 0, lines_per_call_ = 0, column_ = 0;
+  int64_t row_ = 0, width_ = 0, rows_ = 0, column_ = 0;
   bool write_ = false;
 };
 
 // What a product does on the side.
 struct Prefetches {
   Prefetch first{}, second{};
+  int64_t of_first = 0, of_second = 0;  // lines of a call
 
-  void operator()() { first(), second(); }
+  // For a product of so many runs, each of `steps` steps: after how many steps of a run to call. All will then have
+  // been asked for in time, and no more at once than a core has buffers for: further ones would stop it.
+  int64_t spread(int64_t runs, int64_t steps) {
+    constexpr int64_t kLines = 8, kFewest = 8;  // of a call, at most; steps between calls
+    runs = std::max<int64_t>(1, runs);
+    const int64_t lines = first.lines() + second.lines();
+    const int64_t calls = std::clamp<int64_t>(ceil_div(lines, runs * kLines), 1, std::max<int64_t>(1, steps / kFewest));
+    of_first = ceil_div(first.lines(), runs * calls);
+    of_second = ceil_div(second.lines(), runs * calls);
+    return std::max<int64_t>(1, ceil_div(steps, calls));
+  }
+
+  __attribute__((always_inline)) void operator()() { first(of_first), second(of_second); }
 };
 
 }  // namespace CPU_CAPABILITY

@@ -25,7 +25,6 @@ constexpr int kRows = 6, kColumns = 4;
 #else
 constexpr int kRows = 3, kColumns = 4;
 #endif
-constexpr int64_t kStretch = 16;  // steps between two calls of `idle`
 
 // to[j] += the sum of the lanes of sum[j]
 template <typename T, int columns>
@@ -58,14 +57,14 @@ inline void add_lanes<float, 4>(const at::vec::Vectorized<float>* sum, float* to
 
 template <typename T, int rows, int columns>
 inline __attribute__((always_inline)) void block(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t length,
-                                                 Prefetches& idle) {
+                                                 int64_t stretch, Prefetches& idle) {
   using Vec = at::vec::Vectorized<T>;
   Vec sum[rows][columns];
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < columns; ++j) sum[i][j] = Vec(T(0));
   const int64_t whole = length / Vec::size() * Vec::size();
-  for (int64_t begin = 0; begin < whole; begin += kStretch * Vec::size()) {
-    const int64_t end = std::min(whole, begin + kStretch * Vec::size());
+  for (int64_t begin = 0; begin < whole; begin += stretch * Vec::size()) {
+    const int64_t end = std::min(whole, begin + stretch * Vec::size());
     for (int64_t n = begin; n < end; n += Vec::size()) {
       if constexpr (rows < columns) {
         Vec a_n[rows];
@@ -113,32 +112,28 @@ inline __attribute__((always_inline)) void dots(Matrix<const T> a, Matrix<const 
 }
 
 template <typename T, int rows>
-void block_row(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t columns, int64_t length, Prefetches& idle) {
+void block_row(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t columns, int64_t length, int64_t stretch,
+               Prefetches& idle) {
   int64_t j = 0;
   for (; j + kColumns <= columns; j += kColumns)
-    block<T, rows, kColumns>(a, b.from(j, 0), c.from(0, j), length, idle);
-  for (; j < columns; ++j) block<T, rows, 1>(a, b.from(j, 0), c.from(0, j), length, idle);
+    block<T, rows, kColumns>(a, b.from(j, 0), c.from(0, j), length, stretch, idle);
+  for (; j < columns; ++j) block<T, rows, 1>(a, b.from(j, 0), c.from(0, j), length, stretch, idle);
 }
 
 }  // namespace row_products
-
-// How often multiply_rows() calls `idle`, at least.
-template <typename T>
-int64_t idle_calls_of_rows(int64_t rows, int64_t columns, int64_t length) {
-  const int64_t stretch = row_products::kStretch * at::vec::Vectorized<T>::size();
-  return std::max<int64_t>(1, rows / row_products::kRows * (columns / row_products::kColumns) * (length / stretch));
-}
 
 // c (rows x columns) += a bᵀ with a (rows x length), b (columns x length) and a.col == b.col == c.col == 1.
 template <typename T>
 void multiply_rows(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns, int64_t length,
                    Prefetches idle = {}) {
   constexpr int kRows = row_products::kRows;
+  const int64_t runs = rows / kRows * (columns / row_products::kColumns), width = at::vec::Vectorized<T>::size();
+  const int64_t stretch = idle.spread(runs, length / width);
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows)
-    row_products::block_row<T, kRows>(a.from(i, 0), b, c.from(i, 0), columns, length, idle);
-  for (; i + 2 <= rows; i += 2) row_products::block_row<T, 2>(a.from(i, 0), b, c.from(i, 0), columns, length, idle);
-  for (; i < rows; ++i) row_products::block_row<T, 1>(a.from(i, 0), b, c.from(i, 0), columns, length, idle);
+    row_products::block_row<T, kRows>(a.from(i, 0), b, c.from(i, 0), columns, length, stretch, idle);
+  for (; i + 2 <= rows; i += 2) row_products::block_row<T, 2>(a.from(i, 0), b, c.from(i, 0), columns, length, stretch, idle);
+  for (; i < rows; ++i) row_products::block_row<T, 1>(a.from(i, 0), b, c.from(i, 0), columns, length, stretch, idle);
 }
 
 // to[i] = a[i] · b[i] for `count` rows of `length`.

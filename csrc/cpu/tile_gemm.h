@@ -40,7 +40,6 @@ constexpr int kRows = 8, kVectors = 3;
 #else
 constexpr int kRows = 4, kVectors = 3;
 #endif
-constexpr int64_t kStretch = 48;  // steps of the inner loop between two calls of `idle`
 constexpr int kRemainder = 2;  // row blocks of 2, then single rows, finish what kRows leaves
 
 static_assert(kVectors == 3, "multiply() finishes with one to three vectors");
@@ -53,11 +52,16 @@ struct MultiplyAdd {
   }
 };
 
+// Steps of the inner loop, and how many of them come between two calls of `idle`.
+struct Depth {
+  int64_t steps, stretch;
+};
+
 // `full`: the last vector of a row is whole; otherwise only its first `last` elements exist. It must be
 // known at compile time: where it is not, the compiler keeps the accumulators in memory.
 template <typename T, typename Fma, int rows, int vectors, bool full>
 inline __attribute__((always_inline)) void micro_kernel(
-    Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t depth, Addend<T> addend, int64_t last, Prefetches& idle) {
+    Matrix<const T> a, Matrix<const T> b, Matrix<T> c, Depth depth, Addend<T> addend, int64_t last, Prefetches& idle) {
   using Vec = at::vec::Vectorized<T>;
   auto load = [last](const T* p, int v) {
     return (full || v + 1 < vectors) ? Vec::loadu(p + v * Vec::size()) : Vec::loadu(p + v * Vec::size(), last);
@@ -67,8 +71,8 @@ inline __attribute__((always_inline)) void micro_kernel(
     for (int v = 0; v < vectors; ++v) sum[i][v] = Vec(T(0));
   const T* b_row = b.data;
   const T* a_column = a.data;
-  for (int64_t begin = 0; begin < depth; begin += kStretch) {
-    const int64_t end = std::min(depth, begin + kStretch);
+  for (int64_t begin = 0; begin < depth.steps; begin += depth.stretch) {
+    const int64_t end = std::min(depth.steps, begin + depth.stretch);
     for (int64_t k = begin; k < end; ++k, b_row += b.row, a_column += a.col) {
       Vec b_k[vectors];
       for (int v = 0; v < vectors; ++v) b_k[v] = load(b_row, v);
@@ -95,7 +99,7 @@ inline __attribute__((always_inline)) void micro_kernel(
 }
 
 template <typename T, typename Fma, int vectors, bool full>
-void row_blocks(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t depth,
+void row_blocks(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, Depth depth,
                 Addend<T> addend, int64_t last, Prefetches& idle) {
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows)
@@ -108,7 +112,7 @@ void row_blocks(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows,
 
 // The last columns, `vectors` of them, of the last vector `last` elements.
 template <typename T, typename Fma, int vectors>
-void rest(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t last, int64_t depth,
+void rest(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t last, Depth depth,
           Addend<T> addend, Prefetches& idle) {
   if (last == at::vec::Vectorized<T>::size()) row_blocks<T, Fma, vectors, true>(a, b, c, rows, depth, addend, last, idle);
   else row_blocks<T, Fma, vectors, false>(a, b, c, rows, depth, addend, last, idle);
@@ -116,20 +120,15 @@ void rest(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64
 
 }  // namespace gemm
 
-template <typename T>
-int64_t idle_calls(int64_t rows, int64_t columns, int64_t depth) {
-  constexpr int64_t panel = gemm::kVectors * at::vec::Vectorized<T>::size();
-  return std::max<int64_t>(1, rows / gemm::kRows * (columns / panel) * ((depth + gemm::kStretch - 1) / gemm::kStretch));
-}
-
-// c = a b + addend, with a (rows x depth), b (depth x columns), c and addend (rows x columns), and
+// c = a b + addend, with a (rows x steps), b (steps x columns), c and addend (rows x columns), and
 // b.col == c.col == addend.matrix.col == 1. The addend may be c itself.
-// `idle` is called idle_calls() times or more, evenly: the memory system has time for something else.
+// `idle` is done meanwhile, evenly: the memory system has time for something else.
 // With another Fma an element of A and B may hold what that makes of it, see bfloat16_pairs.h.
 template <typename T, typename Fma = gemm::MultiplyAdd>
-void multiply(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns, int64_t depth,
+void multiply(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns, int64_t steps,
               Addend<T> addend = {}, Prefetches idle = {}) {
   constexpr int64_t width = at::vec::Vectorized<T>::size(), panel = gemm::kVectors * width;
+  const gemm::Depth depth{steps, idle.spread(rows / gemm::kRows * (columns / panel), steps)};
   // One vector left alone would wait for its own sums: the last four are two and two.
   const int64_t in_panels = columns >= panel + width && columns % panel == width ? columns - panel - width : columns;
   int64_t j = 0;
