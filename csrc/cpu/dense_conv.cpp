@@ -35,6 +35,12 @@ struct Block {
   int64_t tiles() const { return rows * columns; }
 };
 
+// A block of one of several images.
+struct Place {
+  int64_t image;
+  Block block;
+};
+
 // How the tiles of an image are divided into blocks.
 class Blocks {
  public:
@@ -61,9 +67,9 @@ class Blocks {
   int64_t columns() const { return columns_; }
   int64_t tiles() const { return rows_ * columns_; }
 
-  Block operator[](int64_t i) const {
-    const int64_t row = i / across_ * rows_, column = i % across_ * columns_;
-    return {row, column, std::min(rows_, tile_rows_ - row), std::min(columns_, tile_columns_ - column)};
+  Place operator[](int64_t i) const {
+    const int64_t row = i % count() / across_ * rows_, column = i % across_ * columns_;
+    return {i / count(), {row, column, std::min(rows_, tile_rows_ - row), std::min(columns_, tile_columns_ - column)}};
   }
 
  private:
@@ -94,6 +100,26 @@ struct Channels {
 
   T* operator[](int64_t i) const { return data + i * channel; }
 };
+
+// Of rows of pixels, in all channels, what the memory system is asked for while the product of a point is computed.
+template <typename T>
+Prefetch share(const Channels<T>& image, int64_t channels, int64_t y, int64_t rows, int64_t x, int64_t columns, int point) {
+  const int64_t parts = std::max<int64_t>(1, kPoints / rows), i = point / parts, part = point % parts;
+  if (i >= rows || y + i < 0 || y + i >= image.height) return {};
+  const int64_t first = part * channels / parts, last = (part + 1) * channels / parts;
+  const Matrix<T> pixels{image[first] + (y + i) * image.row + x, image.channel};
+  return {pixels, last - first, std::min(columns, image.width - x), !std::is_const_v<T>};
+}
+
+// Of what a block's tiles see, and of what it makes or has the gradient of.
+template <typename T>
+Prefetch share_of_input(const Channels<const T>& image, int64_t channels, const Block& block, int point) {
+  return share(image, channels, 2 * block.row - 1, 2 * block.rows + 2, 2 * block.column, 2 * block.columns, point);
+}
+template <typename T>
+Prefetch share_of_output(const Channels<T>& image, int64_t channels, const Block& block, int point) {
+  return share(image, channels, 2 * block.row, 2 * block.rows, 2 * block.column, 2 * block.columns, point);
+}
 
 // Transforms of all weights (outputs, channels, 3, 3): 16 matrices of outputs x channels.
 template <typename T>
@@ -141,12 +167,14 @@ void convolve(const Tensor& x, const Weights<T>& weights, bool backwards, const 
     const winograd::SplitRows<T> rows(2 * blocks.rows() + 2, blocks.columns());
     const winograd::Planes<T> inputs(channels, blocks.tiles()), sums(outputs, blocks.tiles());
     for (int64_t task = begin; task < end; ++task) {
-      const Block block = blocks[task % blocks.count()];
-      const int64_t image = task / blocks.count();
+      const auto [image, block] = blocks[task];
       transform(Channels<const T>(x, image), channels, block, rows, inputs, winograd::input<T>);
-      for (int p = 0; p < kPoints; ++p)
-        multiply<T>(weights(p, backwards), inputs[p], sums[p], outputs, block.tiles(), channels);
       const Channels<T> target(out, image);
+      const auto [next_image, next_block] = blocks[std::min(task + 1, end - 1)];
+      const Channels<const T> next_source(x, next_image);
+      for (int p = 0; p < kPoints; ++p)
+        multiply<T>(weights(p, backwards), inputs[p], sums[p], outputs, block.tiles(), channels, {},
+                    {share_of_input(next_source, channels, next_block, p), share_of_output(target, outputs, block, p)});
       const int64_t width = std::min(2 * block.columns, target.width - 2 * block.column);
       for (int64_t o = 0; o < outputs; ++o)
         for (int64_t i = 0; i < block.rows; ++i) {
@@ -169,18 +197,20 @@ class WeightSums {
         rows_(2 * blocks.rows() + 2, blocks.columns()), inputs_(x.size(1), blocks.tiles()),
         gradients_(most_outputs, blocks.tiles()), columns_(blocks.tiles() * row_) {}
 
-  void add(int64_t image, const Block& block, int64_t first, int64_t outputs, T* of_weight, T* of_bias) const {
-    const int64_t channels = x_.size(1), tiles = block.tiles();
-    Channels<const T> grad(grad_out_, image);
-    grad.data = grad[first];
-    transform(Channels<const T>(x_, image), channels, block, rows_, inputs_, winograd::input<T>);
+  // `next` is the block after this one.
+  void add(const Place& place, const Place& next, int64_t first, int64_t outputs, T* of_weight, T* of_bias) const {
+    const int64_t channels = x_.size(1), tiles = place.block.tiles();
+    const Block& block = place.block;
+    const Channels<const T> grad = outputs_from(first, place), next_grad = outputs_from(first, next), next_x(x_, next.image);
+    transform(Channels<const T>(x_, place.image), channels, block, rows_, inputs_, winograd::input<T>);
     transform(grad, outputs, block, rows_, gradients_, [](const auto& rows, int64_t i, auto... rest) {
       winograd::output_gradient(rows, i + 1, rest...);
     });
     for (int p = 0; p < kPoints; ++p) {
       copy_tile<T, T>(Matrix<const T>(inputs_[p]), Matrix<T>{columns_.get(), row_}.transposed(), channels, tiles);
       multiply_add<T>(gradients_[p], {columns_.get(), row_}, {of_weight + p * outputs * channels, channels}, outputs,
-                      channels, tiles);
+                      channels, tiles,
+                      {share_of_input(next_x, channels, next.block, p), share_of_output(next_grad, outputs, next.block, p)});
     }
     constexpr int kSum = 5;  // the point that holds the sum of a tile
     for (int64_t o = 0; o < outputs; ++o)
@@ -188,6 +218,12 @@ class WeightSums {
   }
 
  private:
+  Channels<const T> outputs_from(int64_t first, const Place& place) const {
+    Channels<const T> grad(grad_out_, place.image);
+    grad.data = grad[first];
+    return grad;
+  }
+
   static constexpr int64_t kLine = 64 / sizeof(T);
   const Tensor &grad_out_, &x_;
   int64_t row_;
@@ -214,8 +250,9 @@ void add_up(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight, 
       const int64_t share = task / parts, first = task % parts * part, own = std::min(part, outputs - first);
       T *of_weight = total + share * size + first * (kPoints * channels + 1), *of_bias = of_weight + own * kPoints * channels;
       std::fill(of_weight, of_bias + own, T(0));
-      for (int64_t i = share * count / shares; i < (share + 1) * count / shares; ++i)
-        weight_sums.add(i / blocks.count(), blocks[i % blocks.count()], first, own, of_weight, of_bias);
+      const int64_t last = (share + 1) * count / shares - 1;
+      for (int64_t i = share * count / shares; i <= last; ++i)
+        weight_sums.add(blocks[i], blocks[std::min(i + 1, last)], first, own, of_weight, of_bias);
     }
   });
   at::parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
