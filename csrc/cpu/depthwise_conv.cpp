@@ -17,6 +17,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <array>
+
 #include "depthwise_activation.h"
 #include "depthwise_sums.h"
 #include "result_memory.h"
@@ -106,21 +108,61 @@ struct Division {
     int64_t image, group, groups, band, y, rows;
   };
 
-  // make() gives each thread what its tasks, run(task, of this thread), share.
+  // make() gives each thread what its tasks, run(task, the one after it, of this thread), share.
   template <typename Make, typename Run>
   void each(Make make, Run run) const {
     constexpr int64_t kGrain = 16 << 10;  // elements
     const int64_t tasks = std::max<int64_t>(1, kGrain / (block * inputs * rows * width));
     at::parallel_for(0, batch * bands * blocks, tasks, [&](int64_t begin, int64_t end) {
       const auto own = make();
+      Task current = task(begin);
       for (int64_t i = begin; i < end; ++i) {
-        // Blocks of channels share cache lines: they come one after the other.
-        const int64_t group = i % blocks * block, band = i / blocks % bands, y = band * rows;
-        run(Task{i / blocks / bands, group, std::min(block, groups - group), band, y, std::min(rows, height - y)}, own);
+        const Task next = i + 1 < end ? task(i + 1) : current;
+        run(current, next, own);
+        current = next;
       }
       finish_streaming();
     });
   }
+
+  // Whether a task reads so much that it pays to ask for it before.
+  bool is_large() const {
+    constexpr int64_t kElements = 2048;
+    return block == 1 && rows * width >= kElements;
+  }
+
+  // Of rows that a task reads, with those that taps reach, of its first group.
+  template <typename S>
+  Prefetch prefetch(const Images<const S>& images, const Task& t, int64_t reach) const {
+    return depthwise::prefetch(images.from(t.group), t.image, {t.y - reach, t.y + t.rows + reach}, height, width);
+  }
+  template <typename S>
+  Prefetch prefetch(const Joined<const S>& images, const Task& t, int64_t channel, int64_t reach) const {
+    const auto& part = images.at(channel);
+    return depthwise::prefetch(part.images.from(channel - part.first), t.image, {t.y - reach, t.y + t.rows + reach}, height, width);
+  }
+
+ private:
+  // Blocks of channels share cache lines: they come one after the other.
+  Task task(int64_t i) const {
+    const int64_t group = i % blocks * block, band = i / blocks % bands, y = band * rows;
+    return {i / blocks / bands, group, std::min(block, groups - group), band, y, std::min(rows, height - y)};
+  }
+};
+
+// What the next task will read, for the sums of this one to ask for: two images each.
+class Ahead {
+ public:
+  void add(const Prefetch& rows) { all_[count_++] = rows; }
+  Prefetches next() {
+    const auto one = [&] { return taken_ < count_ ? all_[taken_++] : Prefetch(); };
+    const Prefetch first = one();
+    return {first, one()};
+  }
+
+ private:
+  std::array<Prefetch, 5> all_;  // at most two inputs, the gradient and the value of the result, the gate
+  size_t count_ = 0, taken_ = 0;
 };
 
 // The gate of a channel from row y of the image on, where it lies or in its plane.
@@ -151,7 +193,12 @@ void forward(const Call& c, const Tensor& out) {
                {packs_gate ? p.block : 0, p.rows, 0, p.width},
                {p.block, p.rows, 0, p.width}};
   };
-  p.each(make, [&](const Division::Task& t, const Own& own) {
+  p.each(make, [&](const Division::Task& t, const Division::Task& next, const Own& own) {
+    Ahead ahead;
+    if (p.is_large()) {
+      for (int64_t m = 0; m < p.inputs; ++m) ahead.add(p.prefetch(in, next, next.group * p.inputs + m, reach));
+      if (c.gate) ahead.add(p.prefetch(gate, next, 0));
+    }
     load(in, t.image, t.group * p.inputs, t.groups * p.inputs, {t.y - reach, t.y + t.rows + reach}, p.height, p.width, own.in,
          -reach);
     if (packs_gate) load(gate.from(t.group), t.image, t.groups, {t.y, t.y + t.rows}, p.height, p.width, own.gate, 0, 0);
@@ -161,7 +208,7 @@ void forward(const Call& c, const Tensor& out) {
       const Matrix<T> sum = plain ? target : Matrix<T>{own.out.at(g, 0), own.out.pitch};
       sums.correlate(own.in.at(g * p.inputs, 0), own.in.pitch, own.in.plane, weights + channel * p.inputs * c.taps(), p.inputs,
                      {element_or_zero<T>(c.bias, channel), plain && c.activation == Activation::relu, plain && streamed}, sum,
-                     t.rows, p.width);
+                     t.rows, p.width, ahead.next());
       if (!plain)
         finish(sum, gate_rows(c, gate, t, t.y, own.gate, g, 0), element_or_zero<T>(c.slope, channel), target, t.rows, p.width,
                streamed);
@@ -208,7 +255,15 @@ void backward(const Division& p, const Call& c, const Tensor& grad_out, const Op
                {inputs, p.rows, in_reach, p.width},
                {inputs, p.rows, 0, p.width}};
   };
-  p.each(make, [&](const Division::Task& t, const Own& own) {
+  p.each(make, [&](const Division::Task& t, const Division::Task& next, const Own& own) {
+    Ahead ahead;
+    if (p.is_large()) {
+      ahead.add(p.prefetch(grads, next, reach));
+      for (int64_t m = 0; (summed_again || of_parameters) && m < p.inputs; ++m)
+        ahead.add(p.prefetch(in, next, next.group * p.inputs + m, in_reach));
+      if (out) ahead.add(p.prefetch(outputs, next, reach));
+      if (c.gate) ahead.add(p.prefetch(gate, next, reach));
+    }
     const Rows with_halo{t.y - reach, t.y + t.rows + reach};
     if (packs_grad) load(grads.from(t.group), t.image, t.groups, with_halo, p.height, p.width, own.grad, 0, -reach);
     if (summed_again || of_parameters)
@@ -224,7 +279,7 @@ void backward(const Division& p, const Call& c, const Tensor& grad_out, const Op
       if (summed_again)
         sums.correlate(own.in.at(plane, first), own.in.pitch, own.in.plane, weights + channel * p.inputs * taps, p.inputs,
                        {element_or_zero<T>(c.bias, channel), false, false}, {own.pre.at(g, first), own.pre.pitch}, last - first,
-                       p.width);
+                       p.width, ahead.next());
       T of_slope(0);
       if (differentiated) {
         const auto rows = [&](int64_t begin, int64_t end, Matrix<T> grad_gate) {
@@ -258,7 +313,8 @@ void backward(const Division& p, const Call& c, const Tensor& grad_out, const Op
         T flipped[kMostTaps];
         std::reverse_copy(weights + of * taps, weights + (of + 1) * taps, flipped);
         sums.correlate(grad, own.grad.pitch, 0, flipped, 1, {T(0), false, part.streamed},
-                       rows_of(part.images.from(of - part.first), t.image, t.y, own.result, plane + m, 0), t.rows, p.width);
+                       rows_of(part.images.from(of - part.first), t.image, t.y, own.result, plane + m, 0), t.rows, p.width,
+                       ahead.next());
       }
     }
     if (stores_gate) store(own.grad_gate, 0, t.rows, p.width, gate_result.from(t.group), t.image, t.groups, t.y);

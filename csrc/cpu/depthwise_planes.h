@@ -150,6 +150,14 @@ void load(const Images<const S>& images, int64_t b, int64_t count, Rows rows, in
   }
 }
 
+// What load() will read of channel 0 of image b. Of images whose pixels are not side by side nothing is asked for.
+template <typename S>
+Prefetch prefetch(const Images<const S>& images, int64_t b, Rows rows, int64_t height, int64_t width) {
+  if (images.column != 1) return {};
+  const int64_t first = std::clamp<int64_t>(0, rows.begin, rows.end), last = std::clamp(height, first, rows.end);
+  return {Matrix<const S>{images.data + b * images.image + first * images.row, images.row}, last - first, width};
+}
+
 // The same of channels c ... c + count of joined images.
 template <typename S, typename T>
 void load(const Joined<const S>& images, int64_t b, int64_t c, int64_t count, Rows rows, int64_t height, int64_t width,

@@ -59,22 +59,25 @@ void correlate_block(const T* in, int64_t pitch, int64_t plane, const at::vec::V
 }
 
 // out (rows x width) = the products of the weights (inputs x K x K) and the planes around every pixel, summed.
-// `in` is row 0, column 0 of the first plane.
+// `in` is row 0, column 0 of the first plane. `idle` is done meanwhile.
 template <typename T, int K, int D>
 void correlate(const T* in, int64_t pitch, int64_t plane, const T* weight, int64_t inputs, const Epilogue<T>& epilogue,
-               Matrix<T> out, int64_t rows, int64_t width) {
+               Matrix<T> out, int64_t rows, int64_t width, Prefetches idle) {
   using Vec = at::vec::Vectorized<T>;
   constexpr int64_t kReach = D * (K / 2);
   constexpr int kVectors = K <= 5 ? 1 : 2;  // 49 weights come from memory: two vectors share each
   Vec weights[2 * K * K];
   for (int64_t i = 0; i < inputs * K * K; ++i) weights[i] = Vec(weight[i]);
   in -= kReach * pitch + kReach;
+  idle.spread(ceil_div(rows, kRows) * ceil_div(width, kVectors * Vec::size()), 1);
   for (int64_t y = 0; y < rows; y += kRows) {
     int64_t x = 0;
     const auto blocks = [&](auto vectors, int64_t end) {
-      for (; x < end; x += vectors() * Vec::size())
+      for (; x < end; x += vectors() * Vec::size()) {
         correlate_block<T, K, D, vectors()>(in + y * pitch + x, pitch, plane, weights, inputs, epilogue, out.from(y, x),
                                             rows - y, width - x);
+        idle();
+      }
     };
     if constexpr (kVectors == 2) blocks(std::integral_constant<int, 2>(), width - Vec::size());
     blocks(std::integral_constant<int, 1>(), width);

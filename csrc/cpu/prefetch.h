@@ -59,8 +59,9 @@ struct Prefetches {
   // been asked for in time, and no more at once than a core has buffers for: further ones would stop it.
   int64_t spread(int64_t runs, int64_t steps) {
     constexpr int64_t kLines = 8, kFewest = 8;  // of a call, at most; steps between calls
-    runs = std::max<int64_t>(1, runs);
     const int64_t lines = first.lines() + second.lines();
+    if (lines == 0) return std::max<int64_t>(1, steps);
+    runs = std::max<int64_t>(1, runs);
     const int64_t calls = std::clamp<int64_t>(ceil_div(lines, runs * kLines), 1, std::max<int64_t>(1, steps / kFewest));
     of_first = ceil_div(first.lines(), runs * calls);
     of_second = ceil_div(second.lines(), runs * calls);
