@@ -249,7 +249,10 @@ def test_a_limit_leaves_something_of_each_operator(clock, monkeypatch, tmp_path,
     whole = path.read_text()
     assert profile("--all", "--limit", "15", "--out", str(tmp_path)) == 0
     assert path.read_text() == whole  # what was cut short does not replace it
-    assert len(json.loads(path.with_suffix(".json.partial").read_text())["cases"]) == 2
+    partial = path.with_suffix(".json.partial")
+    assert len(json.loads(partial.read_text())["cases"]) == 2
+    assert profile("--all", "--out", str(tmp_path)) == 0
+    assert not partial.exists()  # it is of an earlier run
 
 
 def test_an_interrupted_run_keeps_what_it_measured(monkeypatch, tmp_path):
@@ -263,12 +266,17 @@ def test_an_interrupted_run_keeps_what_it_measured(monkeypatch, tmp_path):
 
     monkeypatch.setitem(cli.CASES, "cpu", (norm, gate))
     monkeypatch.setattr(cli, "measure", interrupted)
+    out, data, table = tmp_path / "out", tmp_path / "a.json", tmp_path / "a.csv"
+    data.write_text("of an earlier run")
     with pytest.raises(KeyboardInterrupt):
-        profile("--all", "--out", str(tmp_path))
-    (path,) = tmp_path.iterdir()
+        profile("--all", "--out", str(out), "--json", str(data), "--csv", str(table))
+    (path,) = out.iterdir()
     assert path.name.endswith(".json.partial")
     (row,) = json.loads(path.read_text())["cases"]
     assert row["case"] == norm.name
+    assert data.read_text() == "of an earlier run"
+    assert data.with_suffix(".json.partial").read_text() == path.read_text()
+    assert norm.name in table.with_suffix(".csv.partial").read_text() and not table.exists()
 
 
 def test_a_case_that_fails_is_said_and_left_out(monkeypatch, tmp_path, capsys):

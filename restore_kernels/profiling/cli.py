@@ -73,8 +73,8 @@ def _profile(arguments: Sequence[str]) -> int:
     try:
         measured, failed = _measure(args, results, jobs, [(DTYPES[dtypes[0]], case) for case in growth])
     except BaseException:
-        if args.out and results["cases"]:
-            _write_file(files.write_json, results, _results_path(args, results).with_suffix(".json.partial"))
+        if results["cases"]:
+            _write(args, results, interrupted=True)
         raise
     _write(args, results)
     if args.trace:
@@ -164,28 +164,27 @@ def _results_path(args: argparse.Namespace, results: files.Results) -> Path:
     return args.out / files.file_name(own["gpu"] or own["processor"])
 
 
-def _write_file(write: Callable[[files.Results, Path], None], results: files.Results, path: Path) -> None:
-    write(results, path)
-    print(f"wrote {path}", file=sys.stderr)
-
-
-def _write(args: argparse.Namespace, results: files.Results) -> None:
-    outputs: list[tuple[Path | None, Callable[[files.Results, Path], None]]] = [
-        (args.json, files.write_json), (args.csv, files.write_csv),
+def _write(args: argparse.Namespace, results: files.Results, *, interrupted: bool = False) -> None:
+    """Write the files that were asked for; what was cut short lies beside what was not, and has no page."""
+    outputs: list[tuple[Path | None, Callable[[files.Results, Path], None], bool]] = [
+        (args.json, files.write_json, interrupted), (args.csv, files.write_csv, interrupted),
     ]  # fmt: skip
     if args.out:
         path = _results_path(args, results)
         known = len(json.loads(path.read_text())["cases"]) if path.exists() else 0
-        if known > len(results["cases"]):  # what was cut short does not replace what was not
-            path = path.with_suffix(".json.partial")
-        outputs.append((path, files.write_json))
-    if args.html:
+        outputs.append((path, files.write_json, interrupted or known > len(results["cases"])))
+    if args.html and not interrupted:
         from restore_kernels.profiling.page import write_html
 
-        outputs.append((args.html, write_html))
-    for path, write in outputs:
-        if path is not None:
-            _write_file(write, results, path)
+        outputs.append((args.html, write_html, False))
+    for path, write, short in outputs:
+        if path is None:
+            continue
+        partial = path.with_name(f"{path.name}.partial")
+        if not short:
+            partial.unlink(missing_ok=True)  # of an earlier run
+        write(results, partial if short else path)
+        print(f"wrote {partial if short else path}", file=sys.stderr)
 
 
 def _chosen(args: argparse.Namespace) -> tuple[list[BenchmarkCase], list[BenchmarkCase]]:
@@ -291,7 +290,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     how.add_argument("--compile", action="store_true", help="also time torch.compile of the baseline")
 
-    out = parser.add_argument_group("results, beside the table")
+    out = parser.add_argument_group(
+        "results, beside the table", "If the run is interrupted, FILE.partial, of data alone."
+    )
     out.add_argument("--json", type=Path, metavar="FILE", help="everything, as data")
     out.add_argument("--csv", type=Path, metavar="FILE", help="one line per time measured")
     out.add_argument(
@@ -302,8 +303,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     out.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="JSON named after the machine; with --all alone. .json.partial if the run is interrupted, "
-        "or has fewer cases than are there",
+        help="JSON named after the machine; with --all alone. FILE.partial if it has fewer cases than that",
     )  # fmt: skip
 
     args, unknown = parser.parse_known_args(arguments)

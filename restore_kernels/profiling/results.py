@@ -7,6 +7,7 @@ Results are a dictionary as ``benchmarks/results/*.json`` has it: ``machine``, `
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -69,10 +70,11 @@ def digits(value: float) -> str:
 def write_csv(results: Results, path: Path) -> None:
     """One line per alternative of every row."""
     lines = [_line(results, kind, row, name) for kind, row, name in _alternatives(results)]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, dict.fromkeys(name for line in lines for name in line), restval="")
-        writer.writeheader()
-        writer.writerows(lines)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, dict.fromkeys(name for line in lines for name in line), restval="")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_text(path, text.getvalue())
 
 
 def _alternatives(results: Results) -> Iterator[tuple[str, Row, str]]:
@@ -110,7 +112,7 @@ def write_json(results: Results, path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
+    temporary.write_text(text, newline="")  # lines end as they are
     os.replace(temporary, path)
 
 
