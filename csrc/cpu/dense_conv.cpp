@@ -17,6 +17,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <optional>
+
 #include "image_pixels.h"
 #include "tile_gemm.h"
 #include "winograd.h"
@@ -101,9 +103,10 @@ struct Channels {
   T* operator[](int64_t i) const { return data + i * channel; }
 };
 
-// Of rows of pixels, in all channels, what the memory system is asked for while the product of a point is computed.
+// Of rows of pixels, in all channels, what the memory system is asked for while the product of a point is computed. Of
+// more rows than points, which only narrow images have, the last are not asked for.
 template <typename T>
-Prefetch share(const Channels<T>& image, int64_t channels, int64_t y, int64_t rows, int64_t x, int64_t columns, int point) {
+Prefetch part_of_rows(const Channels<T>& image, int64_t channels, int64_t y, int64_t rows, int64_t x, int64_t columns, int point) {
   const int64_t parts = std::max<int64_t>(1, kPoints / rows), i = point / parts, part = point % parts;
   if (i >= rows || y + i < 0 || y + i >= image.height) return {};
   const int64_t first = part * channels / parts, last = (part + 1) * channels / parts;
@@ -113,12 +116,12 @@ Prefetch share(const Channels<T>& image, int64_t channels, int64_t y, int64_t ro
 
 // Of what a block's tiles see, and of what it makes or has the gradient of.
 template <typename T>
-Prefetch share_of_input(const Channels<const T>& image, int64_t channels, const Block& block, int point) {
-  return share(image, channels, 2 * block.row - 1, 2 * block.rows + 2, 2 * block.column, 2 * block.columns, point);
+Prefetch part_of_input(const Channels<const T>& image, int64_t channels, const Block& block, int point) {
+  return part_of_rows(image, channels, 2 * block.row - 1, 2 * block.rows + 2, 2 * block.column, 2 * block.columns, point);
 }
 template <typename T>
-Prefetch share_of_output(const Channels<T>& image, int64_t channels, const Block& block, int point) {
-  return share(image, channels, 2 * block.row, 2 * block.rows, 2 * block.column, 2 * block.columns, point);
+Prefetch part_of_output(const Channels<T>& image, int64_t channels, const Block& block, int point) {
+  return part_of_rows(image, channels, 2 * block.row, 2 * block.rows, 2 * block.column, 2 * block.columns, point);
 }
 
 // Transforms of all weights (outputs, channels, 3, 3): 16 matrices of outputs x channels.
@@ -170,11 +173,13 @@ void convolve(const Tensor& x, const Weights<T>& weights, bool backwards, const 
       const auto [image, block] = blocks[task];
       transform(Channels<const T>(x, image), channels, block, rows, inputs, winograd::input<T>);
       const Channels<T> target(out, image);
-      const auto [next_image, next_block] = blocks[std::min(task + 1, end - 1)];
-      const Channels<const T> next_source(x, next_image);
+      const auto ahead = [&](int p) -> Prefetches {
+        if (task + 1 == end) return {{}, part_of_output(target, outputs, block, p)};
+        const auto [next_image, next] = blocks[task + 1];
+        return {part_of_input(Channels<const T>(x, next_image), channels, next, p), part_of_output(target, outputs, block, p)};
+      };
       for (int p = 0; p < kPoints; ++p)
-        multiply<T>(weights(p, backwards), inputs[p], sums[p], outputs, block.tiles(), channels, {},
-                    {share_of_input(next_source, channels, next_block, p), share_of_output(target, outputs, block, p)});
+        multiply<T>(weights(p, backwards), inputs[p], sums[p], outputs, block.tiles(), channels, {}, ahead(p));
       const int64_t width = std::min(2 * block.columns, target.width - 2 * block.column);
       for (int64_t o = 0; o < outputs; ++o)
         for (int64_t i = 0; i < block.rows; ++i) {
@@ -197,11 +202,17 @@ class WeightSums {
         rows_(2 * blocks.rows() + 2, blocks.columns()), inputs_(x.size(1), blocks.tiles()),
         gradients_(most_outputs, blocks.tiles()), columns_(blocks.tiles() * row_) {}
 
-  // `next` is the block after this one.
-  void add(const Place& place, const Place& next, int64_t first, int64_t outputs, T* of_weight, T* of_bias) const {
+  // `next` is the block after this one, if there is one.
+  void add(const Place& place, const std::optional<Place>& next, int64_t first, int64_t outputs, T* of_weight,
+           T* of_bias) const {
     const int64_t channels = x_.size(1), tiles = place.block.tiles();
     const Block& block = place.block;
-    const Channels<const T> grad = outputs_from(first, place), next_grad = outputs_from(first, next), next_x(x_, next.image);
+    const Channels<const T> grad = outputs_from(first, place);
+    const auto ahead = [&](int p) -> Prefetches {
+      if (!next) return {};
+      return {part_of_input(Channels<const T>(x_, next->image), channels, next->block, p),
+              part_of_output(outputs_from(first, *next), outputs, next->block, p)};
+    };
     transform(Channels<const T>(x_, place.image), channels, block, rows_, inputs_, winograd::input<T>);
     transform(grad, outputs, block, rows_, gradients_, [](const auto& rows, int64_t i, auto... rest) {
       winograd::output_gradient(rows, i + 1, rest...);
@@ -209,8 +220,7 @@ class WeightSums {
     for (int p = 0; p < kPoints; ++p) {
       copy_tile<T, T>(Matrix<const T>(inputs_[p]), Matrix<T>{columns_.get(), row_}.transposed(), channels, tiles);
       multiply_add<T>(gradients_[p], {columns_.get(), row_}, {of_weight + p * outputs * channels, channels}, outputs,
-                      channels, tiles,
-                      {share_of_input(next_x, channels, next.block, p), share_of_output(next_grad, outputs, next.block, p)});
+                      channels, tiles, ahead(p));
     }
     constexpr int kSum = 5;  // the point that holds the sum of a tile
     for (int64_t o = 0; o < outputs; ++o)
@@ -252,7 +262,7 @@ void add_up(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight, 
       std::fill(of_weight, of_bias + own, T(0));
       const int64_t last = (share + 1) * count / shares - 1;
       for (int64_t i = share * count / shares; i <= last; ++i)
-        weight_sums.add(blocks[i], blocks[std::min(i + 1, last)], first, own, of_weight, of_bias);
+        weight_sums.add(blocks[i], i < last ? std::optional(blocks[i + 1]) : std::nullopt, first, own, of_weight, of_bias);
     }
   });
   at::parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {

@@ -18,6 +18,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <optional>
 
 #include "depthwise_activation.h"
 #include "depthwise_sums.h"
@@ -108,7 +109,7 @@ struct Division {
     int64_t image, group, groups, band, y, rows;
   };
 
-  // make() gives each thread what its tasks, run(task, the one after it, of this thread), share.
+  // make() gives each thread what its tasks share, run(task, the one after it if there is one, that).
   template <typename Make, typename Run>
   void each(Make make, Run run) const {
     constexpr int64_t kGrain = 16 << 10;  // elements
@@ -117,9 +118,9 @@ struct Division {
       const auto own = make();
       Task current = task(begin);
       for (int64_t i = begin; i < end; ++i) {
-        const Task next = i + 1 < end ? task(i + 1) : current;
+        const std::optional<Task> next = i + 1 < end ? std::optional(task(i + 1)) : std::nullopt;
         run(current, next, own);
-        current = next;
+        if (next) current = *next;
       }
       finish_streaming();
     });
@@ -150,7 +151,8 @@ struct Division {
   }
 };
 
-// What the next task will read, for the sums of this one to ask for: two images each.
+// What the next task will read, for the sums of this one to ask for: two images each, first what it packs. Where there
+// are more images than that, the last come when they are read.
 class Ahead {
  public:
   void add(const Prefetch& rows) { all_[count_++] = rows; }
@@ -193,11 +195,11 @@ void forward(const Call& c, const Tensor& out) {
                {packs_gate ? p.block : 0, p.rows, 0, p.width},
                {p.block, p.rows, 0, p.width}};
   };
-  p.each(make, [&](const Division::Task& t, const Division::Task& next, const Own& own) {
+  p.each(make, [&](const Division::Task& t, const std::optional<Division::Task>& next, const Own& own) {
     Ahead ahead;
-    if (p.is_large()) {
-      for (int64_t m = 0; m < p.inputs; ++m) ahead.add(p.prefetch(in, next, next.group * p.inputs + m, reach));
-      if (c.gate) ahead.add(p.prefetch(gate, next, 0));
+    if (next && p.is_large()) {
+      for (int64_t m = 0; m < p.inputs; ++m) ahead.add(p.prefetch(in, *next, next->group * p.inputs + m, reach));
+      if (c.gate) ahead.add(p.prefetch(gate, *next, 0));
     }
     load(in, t.image, t.group * p.inputs, t.groups * p.inputs, {t.y - reach, t.y + t.rows + reach}, p.height, p.width, own.in,
          -reach);
@@ -255,14 +257,14 @@ void backward(const Division& p, const Call& c, const Tensor& grad_out, const Op
                {inputs, p.rows, in_reach, p.width},
                {inputs, p.rows, 0, p.width}};
   };
-  p.each(make, [&](const Division::Task& t, const Division::Task& next, const Own& own) {
+  p.each(make, [&](const Division::Task& t, const std::optional<Division::Task>& next, const Own& own) {
     Ahead ahead;
-    if (p.is_large()) {
-      ahead.add(p.prefetch(grads, next, reach));
+    if (next && p.is_large()) {
+      ahead.add(p.prefetch(grads, *next, reach));
       for (int64_t m = 0; (summed_again || of_parameters) && m < p.inputs; ++m)
-        ahead.add(p.prefetch(in, next, next.group * p.inputs + m, in_reach));
-      if (out) ahead.add(p.prefetch(outputs, next, reach));
-      if (c.gate) ahead.add(p.prefetch(gate, next, reach));
+        ahead.add(p.prefetch(in, *next, next->group * p.inputs + m, in_reach));
+      if (out) ahead.add(p.prefetch(outputs, *next, reach));
+      if (c.gate) ahead.add(p.prefetch(gate, *next, reach));
     }
     const Rows with_halo{t.y - reach, t.y + t.rows + reach};
     if (packs_grad) load(grads.from(t.group), t.image, t.groups, with_halo, p.height, p.width, own.grad, 0, -reach);

@@ -150,14 +150,6 @@ void load(const Images<const S>& images, int64_t b, int64_t count, Rows rows, in
   }
 }
 
-// What load() will read of channel 0 of image b. Of images whose pixels are not side by side nothing is asked for.
-template <typename S>
-Prefetch prefetch(const Images<const S>& images, int64_t b, Rows rows, int64_t height, int64_t width) {
-  if (images.column != 1) return {};
-  const int64_t first = std::clamp<int64_t>(0, rows.begin, rows.end), last = std::clamp(height, first, rows.end);
-  return {Matrix<const S>{images.data + b * images.image + first * images.row, images.row}, last - first, width};
-}
-
 // The same of channels c ... c + count of joined images.
 template <typename S, typename T>
 void load(const Joined<const S>& images, int64_t b, int64_t c, int64_t count, Rows rows, int64_t height, int64_t width,
@@ -165,6 +157,15 @@ void load(const Joined<const S>& images, int64_t b, int64_t c, int64_t count, Ro
   images.each(c, count, [&](const Images<const S>& part, int64_t channels, int64_t plane) {
     load(part, b, channels, rows, height, width, planes, plane, row);
   });
+}
+
+// What load() will read of channel 0 of image b. Of images whose pixels are not side by side nothing is asked for.
+template <typename S>
+Prefetch prefetch(const Images<const S>& images, int64_t b, Rows rows, int64_t height, int64_t width) {
+  if (images.column != 1) return {};
+  const int64_t first = std::clamp<int64_t>(0, rows.begin, rows.end), last = std::clamp(height, first, rows.end);
+  const Matrix<const S> part{images.data + b * images.image + first * images.row, images.row};
+  return images.row == width ? Prefetch(part, 1, (last - first) * width) : Prefetch(part, last - first, width);
 }
 
 // Rows [0, rows) of the planes from `plane` on become rows y and on of the first `count` channels of image b.

@@ -56,16 +56,18 @@ struct Prefetches {
   int64_t of_first = 0, of_second = 0;  // lines of a call
 
   // For a product of so many runs, each of `steps` steps: after how many steps of a run to call. All will then have
-  // been asked for in time, and no more at once than a core has buffers for: further ones would stop it.
+  // been asked for in time, and, where there are steps enough, no more at once than a core has buffers for: further
+  // ones would stop it.
   int64_t spread(int64_t runs, int64_t steps) {
     constexpr int64_t kLines = 8, kFewest = 8;  // of a call, at most; steps between calls
     const int64_t lines = first.lines() + second.lines();
-    if (lines == 0) return std::max<int64_t>(1, steps);
-    runs = std::max<int64_t>(1, runs);
-    const int64_t calls = std::clamp<int64_t>(ceil_div(lines, runs * kLines), 1, std::max<int64_t>(1, steps / kFewest));
-    of_first = ceil_div(first.lines(), runs * calls);
-    of_second = ceil_div(second.lines(), runs * calls);
-    return std::max<int64_t>(1, ceil_div(steps, calls));
+    if (lines == 0 || runs == 0) return std::max<int64_t>(1, steps);
+    const int64_t wanted = std::clamp<int64_t>(ceil_div(lines, runs * kLines), 1, std::max<int64_t>(1, steps / kFewest));
+    const int64_t stretch = std::max<int64_t>(1, ceil_div(steps, wanted));
+    const int64_t calls = runs * std::max<int64_t>(1, ceil_div(steps, stretch));
+    of_first = ceil_div(first.lines(), calls);
+    of_second = ceil_div(second.lines(), calls);
+    return stretch;
   }
 
   __attribute__((always_inline)) void operator()() { first(of_first), second(of_second); }

@@ -127,7 +127,7 @@ template <typename T>
 void multiply_rows(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns, int64_t length,
                    Prefetches idle = {}) {
   constexpr int kRows = row_products::kRows;
-  const int64_t runs = rows / kRows * (columns / row_products::kColumns), width = at::vec::Vectorized<T>::size();
+  const int64_t runs = ceil_div(rows, kRows) * ceil_div(columns, row_products::kColumns), width = at::vec::Vectorized<T>::size();
   const int64_t stretch = idle.spread(runs, length / width);
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows)

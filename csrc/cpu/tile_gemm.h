@@ -128,7 +128,7 @@ template <typename T, typename Fma = gemm::MultiplyAdd>
 void multiply(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns, int64_t steps,
               Addend<T> addend = {}, Prefetches idle = {}) {
   constexpr int64_t width = at::vec::Vectorized<T>::size(), panel = gemm::kVectors * width;
-  const gemm::Depth depth{steps, idle.spread(rows / gemm::kRows * (columns / panel), steps)};
+  const gemm::Depth depth{steps, idle.spread(ceil_div(rows, gemm::kRows) * ceil_div(columns, panel), steps)};
   // One vector left alone would wait for its own sums: the last four are two and two.
   const int64_t in_panels = columns >= panel + width && columns % panel == width ? columns - panel - width : columns;
   int64_t j = 0;

@@ -171,8 +171,7 @@ def _write(args: argparse.Namespace, results: files.Results, *, interrupted: boo
     ]  # fmt: skip
     if args.out:
         path = _results_path(args, results)
-        known = len(json.loads(path.read_text())["cases"]) if path.exists() else 0
-        outputs.append((path, files.write_json, interrupted or known > len(results["cases"])))
+        outputs.append((path, files.write_json, interrupted or _has_more(path, results)))
     if args.html and not interrupted:
         from restore_kernels.profiling.page import write_html
 
@@ -181,10 +180,14 @@ def _write(args: argparse.Namespace, results: files.Results, *, interrupted: boo
         if path is None:
             continue
         partial = path.with_name(f"{path.name}.partial")
-        if not short:
-            partial.unlink(missing_ok=True)  # of an earlier run
         write(results, partial if short else path)
         print(f"wrote {partial if short else path}", file=sys.stderr)
+        if not short:
+            partial.unlink(missing_ok=True)  # of an earlier run
+
+
+def _has_more(path: Path, results: files.Results) -> bool:
+    return path.exists() and len(json.loads(path.read_text())["cases"]) > len(results["cases"])
 
 
 def _chosen(args: argparse.Namespace) -> tuple[list[BenchmarkCase], list[BenchmarkCase]]:
@@ -303,7 +306,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     out.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="JSON named after the machine; with --all alone. FILE.partial if it has fewer cases than that",
+        help="JSON named after the machine, with .partial if one that is there has more cases; with --all alone",
     )  # fmt: skip
 
     args, unknown = parser.parse_known_args(arguments)

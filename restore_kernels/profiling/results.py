@@ -110,7 +110,12 @@ def write_json(results: Results, path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, where that can be: a pipe or a terminal is written to."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        with path.open("w", newline="") as file:
+            file.write(text)
+        return
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text, newline="")  # lines end as they are
     os.replace(temporary, path)
