@@ -279,6 +279,16 @@ def test_an_interrupted_run_keeps_what_it_measured(monkeypatch, tmp_path):
     assert norm.name in table.with_suffix(".csv.partial").read_text() and not table.exists()
 
 
+def test_a_link_stays_a_link(monkeypatch, tmp_path):
+    norm = small("channel_norm")
+    monkeypatch.setitem(cli.CASES, "cpu", (norm,))
+    monkeypatch.setattr(cli, "GROWTH_CASES", ())
+    link, table = tmp_path / "link.csv", tmp_path / "table.csv"
+    link.symlink_to(table)
+    assert profile("--all", "--csv", str(link)) == 0
+    assert link.is_symlink() and norm.name in table.read_text()
+
+
 def test_a_case_that_fails_is_said_and_left_out(monkeypatch, tmp_path, capsys):
     norm, gate = small("channel_norm"), small("channel_gate")
     measure = run.measure

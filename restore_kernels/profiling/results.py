@@ -110,9 +110,8 @@ def write_json(results: Results, path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all, where that can be: a pipe or a terminal is written to."""
-    path = path.resolve()
-    if path.exists() and not path.is_file():
+    """Whole or not at all, but for links, pipes and the like (``/dev/stdout``), which are written to."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
         with path.open("w", newline="") as file:
             file.write(text)
         return
