@@ -306,7 +306,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     out.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="JSON named after the machine, with .partial if one that is there has more cases; with --all alone",
+        help="JSON named after the machine, or .partial where one with more cases is; with --all alone",
     )  # fmt: skip
 
     args, unknown = parser.parse_known_args(arguments)
