@@ -6,6 +6,7 @@
 //              and transforms the sums to the result.
 //   backward   of the input: the same with the weight turned and transposed. Of the weight: the products of the
 //              gradient's transforms and the input's, summed over the blocks of a share.
+// During the products the memory system is asked for the pixels of the next block, and for those that will be written.
 // Nothing that grows with the image is stored beside the result.
 // Bound: 4 C C_out multiply-adds per pixel, 9 without the transforms; and about 6 vector operations per pixel and
 // channel for those of input and result each, an eighth of the products' at 48 channels.

@@ -6,6 +6,8 @@
 // once for both sums over it. K² multiply-adds per element and pass: at 3x3 the memory is the floor, from 5x5 on
 // the multiplications are.
 //
+// During its sums the memory system is asked for what the next task packs, which would take as long as the sums.
+//
 // What is activated or gated is finished row by row while it is in cache. Backward computes its sums again, for the
 // band and the rows around it that the taps reach: K² multiply-adds more instead of a tensor kept, written and read.
 //
