@@ -270,6 +270,11 @@ def test_an_interrupted_run_keeps_what_it_measured(monkeypatch, tmp_path):
     data.write_text("of an earlier run")
     with pytest.raises(KeyboardInterrupt):
         profile("--all", "--out", str(out), "--json", str(data), "--csv", str(table))
+    link = tmp_path / "link.csv"
+    link.symlink_to(tmp_path / "nothing.csv")
+    with pytest.raises(KeyboardInterrupt):
+        profile("--all", "--csv", str(link))
+    assert link.is_symlink() and not link.with_suffix(".csv.partial").exists()
     (path,) = out.iterdir()
     assert path.name.endswith(".json.partial")
     (row,) = json.loads(path.read_text())["cases"]

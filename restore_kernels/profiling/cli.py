@@ -177,7 +177,7 @@ def _write(args: argparse.Namespace, results: files.Results, *, interrupted: boo
 
         outputs.append((args.html, write_html, False))
     for path, write, short in outputs:
-        if path is None:
+        if path is None or (short and files.is_written_through(path)):  # beside a pipe there is no place
             continue
         partial = path.with_name(f"{path.name}.partial")
         write(results, partial if short else path)

@@ -109,9 +109,14 @@ def write_json(results: Results, path: Path) -> None:
     write_text(path, json.dumps(results, indent=1) + "\n")
 
 
+def is_written_through(path: Path) -> bool:
+    """Links, pipes and the like, ``/dev/stdout`` for one: to replace them would break them."""
+    return path.is_symlink() or (path.exists() and not path.is_file())
+
+
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all, but for links, pipes and the like (``/dev/stdout``), which are written to."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
+    """Whole or not at all, but for what is written through."""
+    if is_written_through(path):
         with path.open("w", newline="") as file:
             file.write(text)
         return
