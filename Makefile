@@ -45,7 +45,7 @@ TIMEOUT := timeout --signal=INT --kill-after=15
 GPU_TEST := $(GPU_PYTHON) -m pytest -p no:cacheprovider --device cuda
 GPU_SUITES := topk_attention topk_attention_ops masked_attention masked_attention_masks masked_attention_ops \
 	integration convolution_integration pyramid_attention pyramid_attention_hard pyramid_attention_ops pyramid_attention_integration \
-	channel_norm channel_norm_ops channel_gate channel_gate_ops depthwise_conv depthwise_conv_integration \
+	channel_norm channel_norm_ops channel_gate channel_gate_ops bilinear_resize bilinear_resize_ops depthwise_conv depthwise_conv_integration \
 	pointwise_conv pointwise_conv_integration cuda_channel cuda_token cuda_pyramid cuda_graphs step_profile_gpu
 SANITIZED := keys_masked or equal_scores or out_proj49 or ways_through
 

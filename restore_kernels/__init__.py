@@ -5,6 +5,7 @@ the first call that needs it, and everything works (slower) where none of them e
 """
 
 from restore_kernels.backends import explain, use_backend
+from restore_kernels.bilinear_resize import bilinear_resize
 from restore_kernels.channel_gate import channel_gate
 from restore_kernels.channel_norm import channel_norm
 from restore_kernels.dense_conv import dense_conv2d
@@ -20,6 +21,7 @@ from restore_kernels.version import __version__
 
 __all__ = [
     "__version__",
+    "bilinear_resize",
     "channel_gate",
     "channel_norm",
     "dense_conv2d",

@@ -154,6 +154,17 @@ def _channel_gate(dtype: torch.dtype, channels: int, hidden: int, pixel_major: b
     launchers.channel_gate_backward(out, x, down, up, *saved)
 
 
+def _bilinear_resize(dtype: torch.dtype, doubles: bool, pixel_major: bool = False) -> None:
+    from restore_kernels.bilinear_resize import triton_launch as launchers
+
+    small, large = (_empty((2, 48, size, size), dtype) for size in (64, 128))
+    if pixel_major:
+        small, large = (x.contiguous(memory_format=torch.channels_last) for x in (small, large))
+    x, residual = (small, large) if doubles else (large, small)
+    out = launchers.bilinear_resize(x, residual, doubles, *residual.shape[2:])
+    launchers.bilinear_resize_backward(out, doubles, *x.shape[2:])
+
+
 def _channel_norm(dtype: torch.dtype, channels: int, biased: bool, pixel_major: bool = False) -> None:
     from restore_kernels.channel_norm import triton_launch as launchers
 
@@ -217,6 +228,8 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "channel gate C=48": lambda dtype: _channel_gate(dtype, 48, 12),
     "channel gate C=64 channels_last": lambda dtype: _channel_gate(dtype, 64, 4, pixel_major=True),
     "channel gate C=512": lambda dtype: _channel_gate(dtype, 512, 32),
+    "resize to twice the size": lambda dtype: _bilinear_resize(dtype, True),
+    "resize to half the size channels_last": lambda dtype: _bilinear_resize(dtype, False, pixel_major=True),
     "channel norm C=1": lambda dtype: _channel_norm(dtype, 1, True),  # to Triton a size of 1 is a constant
     "channel norm C=48": lambda dtype: _channel_norm(dtype, 48, True),
     "channel norm C=48 channels_last": lambda dtype: _channel_norm(dtype, 48, True, pixel_major=True),

@@ -92,6 +92,16 @@ def gate_alone(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
     return lambda x, down, up: restore_kernels.channel_gate(x, down, up, backend="cpu"), tensors
 
 
+def resize_twice(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
+    tensors = [normal(2, 3, 5, 4, dtype=dtype), normal(2, 3, 9, 8, dtype=dtype)]
+    return lambda x, residual: restore_kernels.bilinear_resize(x, 2, residual, backend="cpu"), tensors
+
+
+def resize_half(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
+    tensors = [normal(2, 3, 5, 4, dtype=dtype), normal(2, 3, 3, 2, dtype=dtype)]
+    return lambda x, residual: restore_kernels.bilinear_resize(x, 0.5, residual, backend="cpu"), tensors
+
+
 def dense_conv(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
     wide = torch.float64 if dtype == torch.float64 else torch.float32  # what it computes
     tensors = [normal(2, 3, 5, 7, dtype=wide), normal(4, 3, 3, 3, dtype=wide), normal(4, dtype=wide)]
@@ -129,7 +139,7 @@ def depthwise_rectified(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
 CASES = [
     topk_channel, topk_channel_projected, topk_token,
     masked_channel, masked_channel_projected, masked_token,
-    norm_with_bias, norm_without_bias, gate_with_residual, gate_alone,
+    norm_with_bias, norm_without_bias, gate_with_residual, gate_alone, resize_twice, resize_half,
     dense_conv, pointwise_conv, pointwise_conv_per_image,
     depthwise_gated, depthwise_rectified,
 ]  # fmt: skip

@@ -15,8 +15,8 @@ from restore_kernels import info
 TESTS = Path(__file__).parent
 SUITES = (
     "topk_attention", "masked_attention", "masked_attention_masks", "pyramid_attention",
-    "pyramid_attention_hard", "channel_norm", "channel_gate", "dense_conv", "depthwise_conv",
-    "pointwise_conv",
+    "pyramid_attention_hard", "channel_norm", "channel_gate", "bilinear_resize", "dense_conv",
+    "depthwise_conv", "pointwise_conv",
 )  # fmt: skip
 
 

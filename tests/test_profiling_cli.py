@@ -28,6 +28,7 @@ SHAPES = {
     "depthwise_conv2d": ["--shape", "1,6,10,11", "--activation", "prelu", "--gate", "with"],
     "pointwise_conv2d": ["--shape", "1,6,10,11", "--outputs", "4", "--images", "2"],
     "channel_gate": ["--shape", "1,6,10,11"],
+    "bilinear_resize": ["--shape", "1,6,40,44", "--factor", "0.5"],
     "channel_norm": ["--shape", "1,6,10,11"],
 }
 SHORT = ["--seconds", "0.05"]

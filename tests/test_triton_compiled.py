@@ -34,6 +34,7 @@ OPERATORS = {
     ),
     "pyramid_attention": Operator(("pyramid 3x3 Cq=32 Cv=64",), ("bfloat16",), ("bfloat16",)),
     "channel_gate": Operator(("channel gate C=48", "channel gate C=64 channels_last")),
+    "bilinear_resize": Operator(("resize to twice the size", "resize to half the size channels_last")),
     "channel_norm": Operator(("channel norm C=1", "channel norm C=48", "channel norm C=384 without bias")),
     "depthwise_conv2d": Operator(("depthwise 7x7 dilated", "depthwise 5x5 paired gelu gated")),
     "pointwise_conv2d": Operator(

@@ -222,6 +222,36 @@ struct ChannelGate : torch::autograd::Function<ChannelGate> {
   }
 };
 
+struct BilinearResize : torch::autograd::Function<BilinearResize> {
+  using Forward = Tensor(const Tensor&, const OptionalTensor&, bool, int64_t, int64_t);
+  using Backward = Tensor(const Tensor&, bool, int64_t, int64_t);
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& residual, bool doubles, int64_t height,
+                        int64_t width) {
+    static const auto op = find<Forward>("restore_kernels::bilinear_resize");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->saved_data["doubles"] = doubles;
+    ctx->saved_data["height"] = x.size(2);
+    ctx->saved_data["width"] = x.size(3);
+    ctx->saved_data["has_residual"] = residual.has_value();
+    return op.call(x, residual, doubles, height, width);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grad_out) {
+    static const auto op = find<Backward>("restore_kernels::bilinear_resize_backward");
+    Tensor grad_x;
+    if (ctx->needs_input_grad(0)) {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      grad_x = op.call(grad_out[0], ctx->saved_data["doubles"].toBool(), ctx->saved_data["height"].toInt(),
+                       ctx->saved_data["width"].toInt());
+    }
+    auto grads = once("bilinear_resize", {grad_x});
+    grads.push_back(ctx->saved_data["has_residual"].toBool() ? grad_out[0] : Tensor());
+    grads.resize(5);
+    return grads;
+  }
+};
+
 struct ChannelNorm : torch::autograd::Function<ChannelNorm> {
   using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, double);
   using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
@@ -379,6 +409,9 @@ Tensor channel_masked(const Tensor& q, const Tensor& k, const Tensor& v, const O
 Tensor token_masked(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
                     const Tensor& temperature, bool normalize) {
   return TokenMasked::apply(q, k, v, mask, temperature, normalize)[0];
+}
+Tensor bilinear_resize(const Tensor& x, const OptionalTensor& residual, bool doubles, int64_t height, int64_t width) {
+  return BilinearResize::apply(x, residual, doubles, height, width);
 }
 Tensor channel_gate(const Tensor& x, const Tensor& down, const Tensor& up, const OptionalTensor& down_bias,
                     const OptionalTensor& up_bias, const OptionalTensor& residual) {

@@ -20,6 +20,7 @@ Tensor channel_masked(const Tensor& q, const Tensor& k, const Tensor& v, const O
                       const Tensor& temperature, const OptionalTensor& out_proj, bool normalize);
 Tensor token_masked(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
                     const Tensor& temperature, bool normalize);
+Tensor bilinear_resize(const Tensor& x, const OptionalTensor& residual, bool doubles, int64_t height, int64_t width);
 Tensor channel_gate(const Tensor& x, const Tensor& down, const Tensor& up, const OptionalTensor& down_bias,
                     const OptionalTensor& up_bias, const OptionalTensor& residual);
 Tensor channel_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps);

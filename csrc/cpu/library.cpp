@@ -16,6 +16,7 @@
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using WithoutGil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("bilinear_resize", restore_kernels::bilinear_resize, WithoutGil());
   m.def("channel_topk", restore_kernels::channel_topk, WithoutGil());
   m.def("token_topk", restore_kernels::token_topk, WithoutGil());
   m.def("channel_masked", restore_kernels::channel_masked, WithoutGil());

@@ -6,7 +6,17 @@ command line, and its cases ``CPU``, ``GPU`` and ``GROWTH``. It joins by its nam
 
 from __future__ import annotations
 
-from restore_kernels.profiling.cases import dense, depthwise, gate, masked, norm, pointwise, pyramid, topk
+from restore_kernels.profiling.cases import (
+    dense,
+    depthwise,
+    gate,
+    masked,
+    norm,
+    pointwise,
+    pyramid,
+    resize,
+    topk,
+)
 from restore_kernels.profiling.cases.case import BenchmarkCase, Excerpt, Inputs
 from restore_kernels.profiling.cases.masked import MaskedCase
 from restore_kernels.profiling.cases.pyramid import PyramidCase
@@ -26,7 +36,7 @@ __all__ = [
     "TopKCase",
 ]
 
-_MODULES = (topk, masked, pyramid, dense, depthwise, pointwise, norm, gate)
+_MODULES = (topk, masked, pyramid, dense, depthwise, pointwise, norm, gate, resize)
 
 CPU_CASES: tuple[BenchmarkCase, ...] = tuple(case for module in _MODULES for case in module.CPU)
 GPU_CASES: tuple[BenchmarkCase, ...] = tuple(case for module in _MODULES for case in module.GPU)
