@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from restore_kernels.nn import PointwiseConv2d
+from restore_kernels.nn import BilinearResize, PointwiseConv2d
 from restore_nets.models.fusion import ConvOptions, FuseFour, FuseTwo, GatedConvs, GatedSeparableConvs
 
 Levels = tuple[Tensor, Tensor, Tensor]  # (B, dim, H/2, W/2), (B, dim, H/4, W/4), (B, dim, H/8, W/8)
@@ -23,7 +23,9 @@ class Resize(nn.Module):
     def __init__(self, dim: int, factor: float) -> None:
         super().__init__()
         self.enlarges = factor > 1
-        layers = nn.Upsample(scale_factor=factor, mode="bilinear"), PointwiseConv2d(dim, dim, bias=False)
+        by_two = factor in (2, 1 / 2)
+        resize = BilinearResize(factor) if by_two else nn.Upsample(scale_factor=factor, mode="bilinear")
+        layers = resize, PointwiseConv2d(dim, dim, bias=False)
         self.add_module("up" if self.enlarges else "down", nn.ModuleList(layers))
 
     def forward(self, x: Tensor) -> Tensor:

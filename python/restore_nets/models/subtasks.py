@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from restore_kernels import bilinear_resize
 from restore_nets.models.blocks import reflect
 from restore_nets.models.fusion import ConvOptions, FuseTwo, GatedConvs
 from restore_nets.models.gated import GatedBlockOptions, MultiInputBlock
@@ -33,7 +34,7 @@ def half_size(image: Tensor) -> Tensor:
     """
     height, width = image.shape[2:]
     even = reflect(reflect(image, 2, height % 2), 3, width % 2)
-    return F.interpolate(even, scale_factor=0.5, mode="bilinear")
+    return bilinear_resize(even, 0.5)
 
 
 class TwoTaskNetwork(nn.Module):
@@ -167,7 +168,7 @@ class BackgroundNetwork(nn.Module):
         x = self.former(self.stem(image, residual, background))
         x = self.S2FB_fuse(self.orsnet(x), self.ssnnet_decoder(self.ssnnet_encoder(x)))
         fine = self.tail(_transposed_pixel_shuffle(self.deep_conv(x)))
-        return fine + F.interpolate(residual, scale_factor=2.0, mode="bilinear")
+        return bilinear_resize(residual, 2, fine)
 
 
 def _transposed_pixel_shuffle(x: Tensor) -> Tensor:
