@@ -242,7 +242,11 @@ template <typename Factors>
 void backward(const Tensor& grad_out, TensorList x, const Tensor& weight, const Pixels& pixels, const Results& results) {
   using T = Accumulate<typename Factors::Number>;
   const Problem p(grad_out, weight);
-  const FirstFactors<Factors> transposed(weight, true);
+  // Down the columns of a weight numbers lie in cache lines of their own, and those of some distances in the same sets.
+  // With pixels enough a turned copy takes no time; of some weights it saves a fifth of the product's.
+  constexpr int64_t kManyPixels = 4096;
+  const bool turns = (p.per_image ? p.image_pixels : p.pixels) >= kManyPixels;
+  const FirstFactors<Factors> transposed(turns ? weight.transpose(-4, -3) : weight, !turns);
   const int64_t weights = results.shares.size(0), shares = results.shares.size(1), size = results.shares.size(2);
   const int64_t count_parts = parts(weights * shares, 2 * p.work(), p.channels), tasks = weights * shares * count_parts;
   const int64_t part = ceil_div(ceil_div(p.channels, count_parts), kSide) * kSide, runs = pixels.tasks() / std::max<int64_t>(weights, 1);
