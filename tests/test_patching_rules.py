@@ -1,4 +1,4 @@
-"""Which convolutions and norms are swapped and which refused, and that the reason is said."""
+"""Which convolutions, resizings and norms are swapped and which refused, and that the reason is said."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from restore_kernels import channel_norm, patch
 from restore_kernels.nn import (
+    BilinearResize,
     ChannelNorm,
     DenseConv2d,
     DepthwiseConv2d,
@@ -37,6 +38,10 @@ def randomised(module: nn.Module) -> nn.Module:
     return module
 
 
+DOUBLING = [
+    nn.Upsample(scale_factor=2, mode="bilinear"),
+    nn.Upsample(scale_factor=(2.0, 2.0), mode="bilinear", align_corners=False),
+]  # fmt: skip
 POINTWISE = [
     nn.Conv2d(8, 4, 1), nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 8, 1, padding="same"),
     nn.Conv2d(8, 8, 1, padding="valid", padding_mode="reflect"),
@@ -56,13 +61,14 @@ DEPTHWISE = [
 @pytest.mark.parametrize(
     ("conv", "replacement"),
     [
+        *((resize, BilinearResize) for resize in DOUBLING),
         *((conv, DepthwiseConv2d) for conv in DEPTHWISE),
         *((conv, PointwiseConv2d) for conv in POINTWISE),
         *((conv, DenseConv2d) for conv in DENSE),
     ],
     ids=str,
 )
-def test_convolutions_are_swapped(conv, replacement):
+def test_convolutions_and_resizings_are_swapped(conv, replacement):
     before = repr(conv)
     with patch(conv) as patched:
         assert [x.new for x in patched.replaced] == [replacement] and not patched.skipped
@@ -107,6 +113,11 @@ NEAR_MISSES = [
     (nn.LazyConv2d(8, 3, padding=1, groups=8), "something else than nn.Conv2d"),
     (parametrized(), "something else than nn.Conv2d"),
     (with_weights_by_a_hook(), "its parameters are .*weight_orig"),
+    (
+        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+        "align_corners must be False; got True",
+    ),
+    (nn.UpsamplingBilinear2d(scale_factor=2), "align_corners must be False; got True"),
     (with_another_forward(), "its forward pass has been replaced already"),
 ]
 
@@ -134,7 +145,7 @@ class Unmade(nn.Module):
     [
         nn.Conv2d(8, 8, 5, padding=2), nn.Conv2d(8, 8, 3, stride=2, padding=1),
         nn.Conv2d(8, 8, 3, padding=2, dilation=2), nn.Conv2d(8, 8, 3, groups=2), nn.Conv1d(8, 8, 3, groups=8),
-        nn.LayerNorm(8), Unmade(),
+        nn.LayerNorm(8), Unmade(), nn.Upsample(scale_factor=2), nn.Upsample(scale_factor=4, mode="bilinear"),
         nn.GroupNorm(1, 8), nn.BatchNorm2d(8), nn.PReLU(8), nn.Linear(8, 8), ChannelNorm(8),
     ],
     ids=str,

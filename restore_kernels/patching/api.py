@@ -100,11 +100,11 @@ def _grouped(entries: Sequence[Replaced | Skipped]) -> Iterator[str]:
 def patch(model: nn.Module, rules: Mapping[type[nn.Module], Rule | None] | None = None) -> Patched:
     """Swap the modules of a model for fused ones, in place, wherever that leaves the results the same.
 
-    Swapped are ``nn.Conv2d`` that are depthwise, of size 1, or of size 3 and in one group; layer
-    normalisations of images over their channels, whatever their class, with parameters ``weight`` or
-    ``weight`` and ``bias``, their own or those of the module within; squeeze and excitation, and attention
-    modules, with the parameters of ``ChannelGate``, ``TopKSparseAttention``, ``MultiDconvAttention``,
-    ``MultiInputAttention`` or ``PyramidAttention`` of ``restore_kernels.nn``.
+    Swapped are ``nn.Conv2d`` that are depthwise, of size 1, or of size 3 and in one group; ``nn.Upsample``
+    that doubles bilinearly; layer normalisations of images over their channels, whatever their class, with
+    parameters ``weight`` or ``weight`` and ``bias``, their own or those of the module within; squeeze and
+    excitation, and attention modules, with the parameters of ``ChannelGate``, ``TopKSparseAttention``,
+    ``MultiDconvAttention``, ``MultiInputAttention`` or ``PyramidAttention`` of ``restore_kernels.nn``.
 
     A replacement is taken only if it computes what the module computes: the results and all gradients are
     compared on small random images with random parameters, in training and in evaluation mode, in float64

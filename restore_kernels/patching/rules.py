@@ -45,6 +45,8 @@ def propose(module: nn.Module, rules: Mapping[type[nn.Module], Rule | None]) -> 
 def _built_in(module: nn.Module) -> Sequence[nn.Module]:
     if isinstance(module, nn.Conv2d):
         return _convolution(module)
+    if isinstance(module, nn.Upsample):
+        return _upsample(module)
     if type(module).__module__.startswith("torch."):
         return ()  # none of torch's own classes is one of the others
     shapes = parameter_shapes(module)
@@ -85,6 +87,15 @@ def _convolution(conv: nn.Conv2d) -> Sequence[nn.Module]:
     if conv.padding != "same":
         _require("padding", conv.padding, replacement.padding)
     return (replacement,)
+
+
+def _upsample(module: nn.Upsample) -> Sequence[nn.Module]:
+    if module.mode != "bilinear" or module.scale_factor not in (2, (2, 2)):
+        return ()
+    _require("align_corners", bool(module.align_corners), False)
+    if type(module) is not nn.Upsample:
+        raise ValueError("it may compute something else than nn.Upsample; a rule can say that it does not")
+    return (ours.BilinearResize(2),)
 
 
 def _require(name: str, value: object, expected: object) -> None:

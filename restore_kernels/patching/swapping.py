@@ -24,6 +24,7 @@ TOLERANCE = 64 * torch.finfo(torch.float32).eps
 NEGLIGIBLE = 1e-6  # gradients so much smaller than the largest one may be rounding alone
 
 IMAGE = (2, 5, 6)  # batch, height, width
+ANY_CHANNELS = 3  # of an image for a module that takes any
 # Modes, and the size of the images in each; the square of the small one is of the order of an epsilon.
 TRIALS = {"training": 1.0, "evaluation": 3e-3}
 
@@ -165,6 +166,8 @@ def _channels(replacement: nn.Module) -> int:
         for name in ("in_channels", "dim", "channels"):
             if isinstance(value := getattr(part, name, None), int):
                 return value
+    if not parameter_shapes(replacement):
+        return ANY_CHANNELS
     raise Refused(f"{type(replacement).__name__} has no in_channels, dim or channels to try it with")
 
 
