@@ -22,7 +22,7 @@
 
 #include "image_pixels.h"
 #include "tile_gemm.h"
-#include "winograd.h"
+#include "winograd_weights.h"
 
 namespace restore_kernels {
 inline namespace CPU_CAPABILITY {
