@@ -298,7 +298,7 @@ std::tuple<Tensor, Tensor, Tensor> dense_conv_backward(const Tensor& grad_out, c
                                                        const c10::List<bool>& wanted) {
   const Tensor grad = with_dense_rows(grad_out);
   const Tensor grad_x = wanted[0] ? empty_image_like(x, x.size(1)) : at::empty({0}, x.options());
-  const Tensor grad_weight = at::empty(wanted[1] ? weight.sizes() : at::IntArrayRef{0}, weight.options());
+  const Tensor grad_weight = empty_result(wanted[1] ? weight.sizes() : at::IntArrayRef{0}, weight.options());
   const Tensor grad_bias = at::empty({wanted[2] ? weight.size(0) : 0}, weight.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "dense_conv_backward", [&] {
     if (wanted[0]) {
