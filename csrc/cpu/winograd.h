@@ -37,23 +37,36 @@ inline int turned(int point) {
 
 // Of every point a matrix: rows are channels, columns tiles.
 template <typename T>
+struct PointMatrices {
+  T* data;
+  int64_t row, plane;  // distances
+
+  Matrix<T> operator[](int point) const { return {data + point * plane, row}; }
+  T* at(int64_t i, int64_t j) const { return data + i * row + j; }
+  PointMatrices from(int64_t i, int64_t j) const { return {at(i, j), row, plane}; }
+};
+
+// Memory for them.
+template <typename T>
 class Planes {
  public:
-  Planes(int64_t rows, int64_t columns)
-      : row_((ceil_div(columns, kLine) | 1) * kLine),
-        // Planes start in different sets of L1, for a transform writes to all of them at once.
-        plane_(ceil_div(rows * row_, kSets * kLine) * kSets * kLine + kSets / kPoints * kLine),
-        memory_(empty_result({kPoints * plane_}, c10::CppTypeToScalarType<T>::value)), data_(memory_.mutable_data_ptr<T>()) {}
+  Planes(int64_t rows, int64_t columns) : Planes(rows, columns, (ceil_div(columns, kLine) | 1) * kLine) {}
 
-  Matrix<T> operator[](int point) const { return {data_ + point * plane_, row_}; }
-  T* at(int64_t row, int64_t column) const { return data_ + row * row_ + column; }
-  int64_t plane() const { return plane_; }
+  // `row`: the distance of rows.
+  Planes(int64_t rows, int64_t columns, int64_t row)
+      // Planes start in different sets of L1, for a transform writes to all of them at once.
+      : plane_(ceil_div(rows * row, kSets * kLine) * kSets * kLine + kSets / kPoints * kLine),
+        memory_(empty_result({kPoints * plane_}, c10::CppTypeToScalarType<T>::value)),
+        all_{memory_.mutable_data_ptr<T>(), row, plane_} {}
+
+  const PointMatrices<T>& all() const { return all_; }
+  Matrix<T> operator[](int point) const { return all_[point]; }
 
  private:
   static constexpr int64_t kLine = 64 / sizeof(T), kSets = 64;
-  int64_t row_, plane_;
+  int64_t plane_;
   at::Tensor memory_;  // kept between calls, where it is large: its first touch takes time
-  T* data_;
+  PointMatrices<T> all_;
 };
 
 // The first `count` elements at p, zeros after them; none where count is not positive.

@@ -100,6 +100,27 @@ void weights(const T* source, T* target, int64_t plane, int64_t count) {
   }
 }
 
+// The same of `rows` x `columns` weights, rows `source_row` weights apart, as `columns` x `rows`: lanes are rows.
+template <typename T>
+void weights_transposed(const T* source, int64_t source_row, const PointMatrices<T>& target, int64_t rows,
+                        int64_t columns) {
+  constexpr int64_t size = at::vec::Vectorized<T>::size();
+  alignas(64) T taps[size * kTaps * size];
+  for (int64_t i = 0; i < rows; i += size)
+    for (int64_t j = 0; j < columns; j += size) {
+      const int64_t height = std::min(size, rows - i), width = std::min(size, columns - j);
+      const T* from = source + (i * source_row + j) * kTaps;
+      if (height == size && width == size)
+        for (int tap = 0; tap < kTaps; ++tap)
+          tile_io::transpose_square(from + tap * size, source_row * kTaps, taps + tap * size * size, size);
+      else
+        for (int64_t r = 0; r < height; ++r)
+          for (int64_t k = 0; k < width * kTaps; ++k) taps[k * size + r] = from[r * source_row * kTaps + k];
+      for (int64_t k = 0; k < width; ++k)
+        weight(taps + k * kTaps * size, size, target.at(j + k, i), target.plane, height);
+    }
+}
+
 // Gᵀ m G, the gradient of `count` weights from that of their transforms.
 template <typename T>
 void weight_gradients(const T* source, int64_t plane, T* target, int64_t count) {
