@@ -27,8 +27,12 @@ from torch import Tensor
 from restore_kernels import dense_conv2d, explain
 from restore_kernels.dense_conv.ops import overload
 
-# Sizes that are and are not multiples of tiles, of vectors of them, of blocks of tiles.
-IMAGES = ((1, 1), (1, 40), (2, 2), (3, 2), (8, 16), (9, 17), (16, 33), (67, 5), (5, 131), (6, 96))
+# Sizes that are and are not multiples of tiles, of vectors of them, of blocks of tiles; the last are those of
+# images that are not of few tiles, however few there are.
+IMAGES = (
+    (1, 1), (1, 40), (2, 2), (3, 2), (8, 16), (9, 17), (16, 33), (67, 5), (5, 131), (6, 96),
+    (24, 45), (32, 32), (70, 15),
+)  # fmt: skip
 OUTPUTS = (1, 2, 7, 16, 19, 34, 97)
 CHANNELS = (1, 3, 5, 16, 48, 65, 130)
 
@@ -66,7 +70,19 @@ LARGE = (
     Case((3, 64, 48, 48), 64, bias=True),
     Case((1, 48, 70, 50), 96, arrangements=("channels_last", "channels_last")),
     Case((1, 257, 32, 32), 255, bias=True),
+    Case((1, 520, 32, 32), 512),
+)
+
+# Images of few tiles, whose weights are taken in several parts, and the least that are not of few.
+SMALL = (
     Case((1, 520, 9, 8), 512),
+    Case((2, 97, 7, 10), 200, bias=True),
+    Case((3, 25, 4, 4), 161, bias=True, arrangements=("channels_last", "contiguous")),
+    Case((1, 50, 29, 33), 81, bias=True),
+    Case((1, 50, 31, 31), 81, bias=True),
+    Case((5, 33, 1, 2), 97, frozen=True),
+    Case((1, 130, 9, 8), 1),
+    Case((4, 1, 5, 6), 100),
 )
 
 
@@ -84,8 +100,8 @@ def test_memory_layouts(backend, case):
     assert_conforms(build(case), backend)
 
 
-@each([replace(case, dtype=dtype) for case in LARGE for dtype in DTYPES], FUSED)
-def test_large_images(backend, case):
+@each([replace(case, dtype=dtype) for case in (*SMALL, *LARGE) for dtype in DTYPES], FUSED)
+def test_many_parts(backend, case):
     assert_conforms(build(case), backend)
 
 
@@ -94,7 +110,7 @@ def test_every_element_is_written(backend, case):
     assert_every_element_is_written(build(case), backend)
 
 
-@each([*basic(), *LARGE], FUSED)
+@each([*basic(), *SMALL, *LARGE], FUSED)
 def test_results_are_bitwise_reproducible(backend, case):
     assert_reproducible(build(case), backend)
 
@@ -136,12 +152,17 @@ def test_narrow_dtypes_are_left_to_the_library(dtype):
 
 @pytest.mark.skipif("cpu" not in FUSED, reason="no compiled library")
 def test_what_is_slower_is_not_chosen_by_default():
-    weight = torch.ones(2, 2, 3, 3)
+    weight, wide = torch.ones(2, 2, 3, 3), torch.ones(64, 64, 3, 3)
     large, small = torch.ones(1, 2, 31, 32), torch.ones(1, 2, 30, 32)
     assert explain(dense_conv2d, large, weight).chosen == "cpu"
-    explanation = explain(dense_conv2d, small, weight)
-    assert explanation.chosen == "eager" and explanation.why_not["cpu"] is None
-    assert "cpu    available, not by default: fewer than 256 tiles of 2x2 pixels, got 240" in str(explanation)
+    assert explain(dense_conv2d, torch.ones(1, 64, 8, 7), wide).chosen == "cpu"
+    for x, of_x, reason in (
+        (small, weight, "few channels for fewer than 256 tiles of 2x2 pixels, got 2 and 240"),
+        (torch.ones(1, 64, 10, 6), wide, "fewer than 16 tiles of 2x2 pixels, got 15"),
+    ):
+        explanation = explain(dense_conv2d, x, of_x)
+        assert explanation.chosen == "eager" and explanation.why_not["cpu"] is None
+        assert f"cpu    available, not by default: {reason}" in str(explanation)
     assert explain(dense_conv2d, small, weight, backend="cpu").chosen == "cpu"
     last = large.to(memory_format=torch.channels_last)
     assert "not by default: x is in channels_last" in str(explain(dense_conv2d, last, weight))

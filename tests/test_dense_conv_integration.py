@@ -15,9 +15,9 @@ from restore_kernels import dense_conv2d, explain, native, use_backend
 from restore_kernels.nn import DenseConv2d
 
 
-def inputs() -> list[Tensor]:
+def inputs(height: int = 7, width: int = 5) -> list[Tensor]:
     """Image, weight and bias."""
-    shapes = ((2, 3, 7, 5), (4, 3, 3, 3), (4,))
+    shapes = ((2, 3, height, width), (4, 3, 3, 3), (4,))
     return [randn(*shape, seed=i).double() for i, shape in enumerate(shapes)]
 
 
@@ -39,12 +39,13 @@ WANTED = [(0,), (1,), (2,), (1, 2), (0, 2), (0, 1)]
 
 @pytest.mark.parametrize("in_python", [False, True])
 @pytest.mark.parametrize("wanted", WANTED)
-def test_no_gradient_is_made_that_nobody_wants(wanted, in_python, monkeypatch):
+@pytest.mark.parametrize("size", [(7, 5), (20, 30)])  # of few tiles, and of many
+def test_no_gradient_is_made_that_nobody_wants(size, wanted, in_python, monkeypatch):
     if "cpu" not in FUSED:
         pytest.skip("no compiled library")
     if in_python:
         monkeypatch.setattr(native, "loaded_cpu_module", None)
-    tensors = inputs()
+    tensors = inputs(*size)
     leaves = [tensors[i].requires_grad_() for i in wanted]
     with torch.profiler.profile(record_shapes=True) as profile:
         got = torch.autograd.grad(loss("cpu")(*tensors), leaves)

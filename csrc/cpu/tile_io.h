@@ -89,6 +89,14 @@ void transpose_block(const T* source, int64_t source_row, T* target, int64_t tar
     at::vec::transpose_mxn<T>(source, source_row, target, target_row, static_cast<int>(rows), static_cast<int>(columns));
 }
 
+// As many rows and columns as a vector has elements.
+template <typename T>
+void transpose_square(const T* source, int64_t source_row, T* target, int64_t target_row) {
+  constexpr int size = at::vec::Vectorized<T>::size();
+  if constexpr (size == kBlock) transpose_block(source, source_row, target, target_row);
+  else at::vec::transpose_mxn<T, size, size>(source, source_row, target, target_row);
+}
+
 // target (columns x rows) = source (rows x columns) transposed, both with contiguous rows.
 template <typename S, typename T>
 void transpose(const S* source, int64_t source_row, T* target, int64_t target_row, int64_t rows, int64_t columns) {

@@ -37,23 +37,36 @@ inline int turned(int point) {
 
 // Of every point a matrix: rows are channels, columns tiles.
 template <typename T>
+struct PointMatrices {
+  T* data;
+  int64_t row, plane;  // distances
+
+  Matrix<T> operator[](int point) const { return {data + point * plane, row}; }
+  T* at(int64_t i, int64_t j) const { return data + i * row + j; }
+  PointMatrices from(int64_t i, int64_t j) const { return {at(i, j), row, plane}; }
+};
+
+// Memory for them.
+template <typename T>
 class Planes {
  public:
-  Planes(int64_t rows, int64_t columns)
-      : row_((ceil_div(columns, kLine) | 1) * kLine),
-        // Planes start in different sets of L1, for a transform writes to all of them at once.
-        plane_(ceil_div(rows * row_, kSets * kLine) * kSets * kLine + kSets / kPoints * kLine),
-        memory_(empty_result({kPoints * plane_}, c10::CppTypeToScalarType<T>::value)), data_(memory_.mutable_data_ptr<T>()) {}
+  Planes(int64_t rows, int64_t columns) : Planes(rows, columns, (ceil_div(columns, kLine) | 1) * kLine) {}
 
-  Matrix<T> operator[](int point) const { return {data_ + point * plane_, row_}; }
-  T* at(int64_t row, int64_t column) const { return data_ + row * row_ + column; }
-  int64_t plane() const { return plane_; }
+  // `row`: the distance of rows.
+  Planes(int64_t rows, int64_t columns, int64_t row)
+      // Planes start in different sets of L1, for a transform writes to all of them at once.
+      : plane_(ceil_div(rows * row, kSets * kLine) * kSets * kLine + kSets / kPoints * kLine),
+        memory_(empty_result({kPoints * plane_}, c10::CppTypeToScalarType<T>::value)),
+        all_{memory_.mutable_data_ptr<T>(), row, plane_} {}
+
+  const PointMatrices<T>& all() const { return all_; }
+  Matrix<T> operator[](int point) const { return all_[point]; }
 
  private:
   static constexpr int64_t kLine = 64 / sizeof(T), kSets = 64;
-  int64_t row_, plane_;
+  int64_t plane_;
   at::Tensor memory_;  // kept between calls, where it is large: its first touch takes time
-  T* data_;
+  PointMatrices<T> all_;
 };
 
 // The first `count` elements at p, zeros after them; none where count is not positive.
@@ -162,55 +175,6 @@ void output(const T* source, int64_t plane, T bias, T* target, int64_t row, int6
       const auto [first, second] = at::vec::interleave2(even, odd);
       store_up_to(first, target + r * row + 2 * j, width - 2 * j);
       store_up_to(second, target + r * row + 2 * j + Vec::size(), width - 2 * j - Vec::size());
-    }
-  }
-}
-
-// Channels whose weights are transformed together.
-constexpr int64_t kTogether = 64;
-
-// G g Gᵀ of `count` weights of 3x3, which follow each other; point p at target[p * plane].
-template <typename T>
-void weights(const T* source, T* target, int64_t plane, int64_t count) {
-  T g[kTaps][kTogether], t[kSide][3][kTogether];
-  for (int64_t begin = 0; begin < count; begin += kTogether) {
-    const int64_t n = std::min(kTogether, count - begin);
-    for (int64_t i = 0; i < n; ++i)
-      for (int tap = 0; tap < kTaps; ++tap) g[tap][i] = source[(begin + i) * kTaps + tap];
-    const auto apply = [n](const T* g0, const T* g1, const T* g2, T* r0, T* r1, T* r2, T* r3) {
-      for (int64_t i = 0; i < n; ++i) {
-        const T ends = (g0[i] + g2[i]) / 2, middle = g1[i] / 2;
-        r0[i] = g0[i], r1[i] = ends + middle, r2[i] = ends - middle, r3[i] = g2[i];
-      }
-    };
-    for (int c = 0; c < 3; ++c) apply(g[c], g[3 + c], g[6 + c], t[0][c], t[1][c], t[2][c], t[3][c]);
-    for (int r = 0; r < kSide; ++r) {
-      T* to = target + r * kSide * plane + begin;
-      apply(t[r][0], t[r][1], t[r][2], to, to + plane, to + 2 * plane, to + 3 * plane);
-    }
-  }
-}
-
-// Gᵀ m G, the gradient of `count` weights from that of their transforms.
-template <typename T>
-void weight_gradients(const T* source, int64_t plane, T* target, int64_t count) {
-  T t[3][kSide][kTogether], g[3][kTogether];
-  for (int64_t begin = 0; begin < count; begin += kTogether) {
-    const int64_t n = std::min(kTogether, count - begin);
-    const auto apply = [n](const T* m0, const T* m1, const T* m2, const T* m3, T* g0, T* g1, T* g2) {
-      for (int64_t i = 0; i < n; ++i) {
-        const T sum = (m1[i] + m2[i]) / 2;
-        g0[i] = m0[i] + sum, g1[i] = (m1[i] - m2[i]) / 2, g2[i] = sum + m3[i];
-      }
-    };
-    for (int c = 0; c < kSide; ++c) {
-      const auto m = [&](int r) { return source + (r * kSide + c) * plane + begin; };
-      apply(m(0), m(1), m(2), m(3), t[0][c], t[1][c], t[2][c]);
-    }
-    for (int r = 0; r < 3; ++r) {
-      apply(t[r][0], t[r][1], t[r][2], t[r][3], g[0], g[1], g[2]);
-      for (int64_t i = 0; i < n; ++i)
-        for (int c = 0; c < 3; ++c) target[(begin + i) * kTaps + r * 3 + c] = g[c][i];
     }
   }
 }

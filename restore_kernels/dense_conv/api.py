@@ -13,8 +13,12 @@ from restore_kernels.dense_conv import autograd, reference
 from restore_kernels.functions import eager
 from restore_kernels.tensors import memory_format
 
-# Tiles of 2x2 pixels from which on the transforms of the weight, as many for any image, are worth their time.
-FEWEST_TILES = 256
+# With fewer tiles of 2x2 pixels the transforms of the weight, as many for any image, take longer than they
+# save.
+FEWEST_TILES = 16
+# With fewer channels the products save less than the transforms of the pixels and the call itself take: so
+# many at MANY_TILES, twice as many at a quarter of them. Larger images are not left to PyTorch.
+FEWEST_CHANNELS, MANY_TILES = 16, 256
 
 
 def dense_conv2d(
@@ -34,7 +38,8 @@ def dense_conv2d(
         weight: (C_out, C, 3, 3), same dtype and device as x.
         bias: (C_out), or None.
         backend: ``auto``, ``eager`` or ``cpu``; or several of them, best first. ``auto`` is ``eager`` for
-            images of few pixels and in channels_last. Triton and CUDA C++ have no kernels for it.
+            images of few pixels, the fewer the more channels they have, and in channels_last. Triton and
+            CUDA C++ have no kernels for it.
 
     Returns:
         (B, C_out, H, W), channels_last where x is.
@@ -71,10 +76,12 @@ def _call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Call:
 
 def _why_slower(x: Tensor) -> str | None:
     """Why PyTorch's convolution is quicker than that of backend cpu, if it is."""
-    batch, _, height, width = x.shape
+    batch, channels, height, width = x.shape
     tiles = batch * ((height + 1) // 2) * ((width + 1) // 2)
     if tiles < FEWEST_TILES:
         return f"fewer than {FEWEST_TILES} tiles of 2x2 pixels, got {tiles}"
+    if tiles < MANY_TILES and tiles * channels**2 < MANY_TILES * FEWEST_CHANNELS**2:
+        return f"few channels for fewer than {MANY_TILES} tiles of 2x2 pixels, got {channels} and {tiles}"
     if memory_format(x) == torch.channels_last:
         return "x is in channels_last"
     return None
