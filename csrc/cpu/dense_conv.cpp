@@ -34,34 +34,39 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Transforms of all weights (outputs, channels, 3, 3): 16 matrices of outputs x channels.
+// Transforms of all weights (outputs, channels, 3, 3): 16 matrices of outputs x channels or, `backwards`, turned, of
+// channels x outputs: products go along their rows, and down the columns of a matrix every number has a cache line of
+// its own, many of them in the same sets.
 template <typename T>
 class Weights {
  public:
-  explicit Weights(const Tensor& weight) : outputs_(weight.size(0)), channels_(weight.size(1)),
-        memory_(empty_result({kPoints * plane()}, weight.options())), data_(memory_.mutable_data_ptr<T>()) {
+  Weights(const Tensor& weight, bool backwards)
+      : backwards_(backwards), memory_(empty_result({kPoints * weight.size(0) * weight.size(1)}, weight.options())),
+        all_{memory_.mutable_data_ptr<T>(), weight.size(backwards ? 0 : 1), weight.size(0) * weight.size(1)} {
+    const int64_t outputs = weight.size(0), channels = weight.size(1);
     const Tensor dense = weight.contiguous();
-    at::parallel_for(0, outputs_, ceil_div(1 << 12, channels_), [&](int64_t begin, int64_t end) {
-      winograd::weights(dense.const_data_ptr<T>() + begin * channels_ * kTaps, data_ + begin * channels_, plane(),
-                        (end - begin) * channels_);
-    });
+    const T* source = dense.const_data_ptr<T>();
+    if (backwards)
+      in_groups(channels, outputs, [&](int64_t first, int64_t count) {
+        winograd::weights_transposed(source + first * kTaps, channels, all_.from(first, 0), outputs, count);
+      });
+    else
+      at::parallel_for(0, outputs, ceil_div(1 << 12, channels), [&](int64_t begin, int64_t end) {
+        winograd::weights(source + begin * channels * kTaps, all_.at(begin, 0), all_.plane, (end - begin) * channels);
+      });
   }
 
-  Matrix<const T> operator()(int point, bool backwards) const {
-    const Matrix<const T> matrix{data_ + (backwards ? winograd::turned(point) : point) * plane(), channels_};
-    return backwards ? matrix.transposed() : matrix;
-  }
+  Matrix<const T> operator[](int point) const { return all_[backwards_ ? winograd::turned(point) : point]; }
 
  private:
-  int64_t plane() const { return outputs_ * channels_; }
-  int64_t outputs_, channels_;
+  bool backwards_;
   Tensor memory_;
-  T* data_;
+  winograd::PointMatrices<T> all_;
 };
 
-// out = x convolved by the weights, or, `backwards`, by the weights turned and transposed.
+// out = x convolved by the weights.
 template <typename T>
-void convolve(const Tensor& x, const Weights<T>& weights, bool backwards, const T* bias, const Tensor& out) {
+void convolve(const Tensor& x, const Weights<T>& weights, const T* bias, const Tensor& out) {
   const int64_t channels = x.size(1), outputs = out.size(1);
   const Blocks blocks(x.size(2), x.size(3), channels + outputs);
   at::parallel_for(0, x.size(0) * blocks.count(), 1, [&](int64_t begin, int64_t end) {
@@ -77,7 +82,7 @@ void convolve(const Tensor& x, const Weights<T>& weights, bool backwards, const 
         return {part_of_input(Channels<const T>(x, next_image), channels, next, p), part_of_output(target, outputs, block, p)};
       };
       for (int p = 0; p < kPoints; ++p)
-        multiply<T>(weights(p, backwards), inputs[p], sums[p], outputs, block.tiles(), channels, {}, ahead(p));
+        multiply<T>(weights[p], inputs[p], sums[p], outputs, block.tiles(), channels, {}, ahead(p));
       write(sums.all(), block, bias, target, outputs);
     }
   });
@@ -176,7 +181,7 @@ bool has_few_tiles(const Tensor& x) {
 template <typename T>
 void convolve_by_size(const Tensor& x, const Tensor& weight, bool backwards, const T* bias, const Tensor& out) {
   if (has_few_tiles(x)) convolve_few<T>(x, weight, backwards, bias, out);
-  else convolve<T>(x, Weights<T>(weight), backwards, bias, out);
+  else convolve<T>(x, Weights<T>(weight, backwards), bias, out);
 }
 
 template <typename T>
