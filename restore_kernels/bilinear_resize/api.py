@@ -56,16 +56,16 @@ def _check(x: Any, scale_factor: Any, residual: Any) -> tuple[int, int]:
     if not isinstance(scale_factor, (int, float)) or scale_factor not in (2, 0.5):
         raise ValueError(f"scale_factor must be 2 or 0.5; got {scale_factor!r}")
     batch, channels, height, width = x.shape
-    doubles = scale_factor == 2
-    size = (2 * height, 2 * width) if doubles else ((height + 1) // 2, (width + 1) // 2)
-    if residual is None:
-        return size
-    if doubles and isinstance(residual, Tensor) and residual.dim() == 4:
-        size = tuple(
-            own if own == twice - 1 else twice for own, twice in zip(residual.shape[2:], size, strict=True)
-        )
-    checks.like("residual", residual, x, (batch, channels, *size), "x")
-    return size
+    if scale_factor == 2:
+        height, width = 2 * height, 2 * width
+        if isinstance(residual, Tensor) and residual.dim() == 4:  # which may be smaller by one
+            height = height - 1 if residual.shape[2] == height - 1 else height
+            width = width - 1 if residual.shape[3] == width - 1 else width
+    else:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    if residual is not None:
+        checks.like("residual", residual, x, (batch, channels, height, width), "x")
+    return height, width
 
 
 def _call(x: Tensor, residual: Tensor | None) -> Call:

@@ -98,6 +98,7 @@ class SpatialFeedForward(nn.Module):
         a, b = depthwise_halves(self.dwconv, *pointwise_halves(self.project_in, x))
         context = self.context(bilinear_resize(x, 0.5))
         widen, gated = self.fuse
+        assert isinstance(widen, PointwiseConv2d)
         # A 1x1 convolution of a and the resized context, concatenated. That of the context is made before the
         # resizing, at a quarter of the cost: one mixes channels and the other pixels, so the two commute.
         of_a, of_context = widen.weight.split((a.shape[1], context.shape[1]), dim=1)
