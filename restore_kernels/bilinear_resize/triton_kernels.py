@@ -26,6 +26,21 @@ def own_places(elements, channels, height, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def offset(b, c, y, x, stride):
+    """Of these elements of an image with these strides."""
+    return b * stride[0] + c * stride[1] + y * stride[2] + x * stride[3]
+
+
+@triton.jit
+def store_sum(total, residual_ptr, out_ptr, residual_stride, out_stride, b, c, y, x, mask):
+    """Stores these elements of the result, the residual added."""
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + offset(b, c, y, x, residual_stride), mask=mask, other=0.0)
+        total += residual.to(tl.float32)
+    tl.store(out_ptr + offset(b, c, y, x, out_stride), total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def double_kernel(
     x_ptr, residual_ptr, out_ptr, x_stride, residual_stride, out_stride,
     elements, channels, height, width, x_height, x_width, BLOCK: tl.constexpr,
@@ -41,12 +56,7 @@ def double_kernel(
     total += 3 * tl.load(far + x * x_stride[3], mask=mask, other=0.0).to(tl.float32)
     total += tl.load(far + beside_x * x_stride[3], mask=mask, other=0.0).to(tl.float32)
     total *= 1 / 16
-    if residual_ptr is not None:
-        places = b * residual_stride[0] + c * residual_stride[1]
-        places += row * residual_stride[2] + column * residual_stride[3]
-        total += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
-    places = b * out_stride[0] + c * out_stride[1] + row * out_stride[2] + column * out_stride[3]
-    tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=mask)
+    store_sum(total, residual_ptr, out_ptr, residual_stride, out_stride, b, c, row, column, mask)
 
 
 @triton.jit
@@ -68,8 +78,7 @@ def gather_kernel(
                 mask=mask & (row < grad_height) & (column < grad_width), other=0.0,
             )  # fmt: skip
             total += (3 if dy * dy == dy else 1) * (3 if dx * dx == dx else 1) * grad.to(tl.float32)
-    places = b * out_stride[0] + c * out_stride[1] + y * out_stride[2] + x * out_stride[3]
-    tl.store(out_ptr + places, (total * (1 / 16)).to(out_ptr.dtype.element_ty), mask=mask)
+    store_sum(total * (1 / 16), None, out_ptr, out_stride, out_stride, b, c, y, x, mask)
 
 
 @triton.jit
@@ -88,12 +97,7 @@ def halve_kernel(
                 plane + row * x_stride[2] + column * x_stride[3], mask=mask, other=0.0
             ).to(tl.float32)  # fmt: skip
     total *= 1 / 4
-    if residual_ptr is not None:
-        places = b * residual_stride[0] + c * residual_stride[1]
-        places += y * residual_stride[2] + x * residual_stride[3]
-        total += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
-    places = b * out_stride[0] + c * out_stride[1] + y * out_stride[2] + x * out_stride[3]
-    tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=mask)
+    store_sum(total, residual_ptr, out_ptr, residual_stride, out_stride, b, c, y, x, mask)
 
 
 @triton.jit
@@ -102,11 +106,9 @@ def spread_kernel(
     elements, channels, height, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b, c, row, column, mask = own_places(elements, channels, height, width, BLOCK)
-    places = b * grad_stride[0] + c * grad_stride[1]
-    places += row // 2 * grad_stride[2] + column // 2 * grad_stride[3]
+    places = offset(b, c, row // 2, column // 2, grad_stride)
     grad = tl.load(grad_ptr + places, mask=mask, other=0.0).to(tl.float32) * (1 / 4)
     # The last of an odd side was averaged alone.
     grad *= tl.where((row == height - 1) & (height % 2 == 1), 2.0, 1.0)
     grad *= tl.where((column == width - 1) & (width % 2 == 1), 2.0, 1.0)
-    places = b * out_stride[0] + c * out_stride[1] + row * out_stride[2] + column * out_stride[3]
-    tl.store(out_ptr + places, grad.to(out_ptr.dtype.element_ty), mask=mask)
+    store_sum(grad, None, out_ptr, out_stride, out_stride, b, c, row, column, mask)
