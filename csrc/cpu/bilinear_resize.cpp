@@ -177,8 +177,7 @@ Tensor with_dense_pixels(const Tensor& x) { return x.stride(3) == 1 || x.size(3)
 // make(dense result) for a result of this size like x, which may be in channels_last.
 template <typename F>
 Tensor resized(const Tensor& x, int64_t height, int64_t width, F make) {
-  Tensor out = is_pixel_major(x) ? empty_result({x.size(0), height, width, x.size(1)}, x.options()).permute({0, 3, 1, 2})
-                                 : empty_result({x.size(0), x.size(1), height, width}, x.options());
+  const Tensor out = empty_image_like(x, x.size(1), height, width);
   const Tensor dense = with_dense_pixels(out);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "bilinear_resize", [&] { make(scalar_t(), dense); });
   if (!dense.is_same(out)) out.copy_(dense);

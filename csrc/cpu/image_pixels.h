@@ -20,10 +20,13 @@ using at::Tensor;
 inline bool is_pixel_major(const Tensor& x) { return x.stride(1) == 1 && x.stride(3) > 1; }
 
 // Pixel-major where x is, otherwise contiguous, as tensors.py has it.
+inline Tensor empty_image_like(const Tensor& x, int64_t channels, int64_t height, int64_t width) {
+  const int64_t B = x.size(0);
+  if (is_pixel_major(x)) return empty_result({B, height, width, channels}, x.options()).permute({0, 3, 1, 2});
+  return empty_result({B, channels, height, width}, x.options());
+}
 inline Tensor empty_image_like(const Tensor& x, int64_t channels) {
-  const int64_t B = x.size(0), H = x.size(2), W = x.size(3);
-  if (is_pixel_major(x)) return empty_result({B, H, W, channels}, x.options()).permute({0, 3, 1, 2});
-  return empty_result({B, channels, H, W}, x.options());
+  return empty_image_like(x, channels, x.size(2), x.size(3));
 }
 
 // How images are taken apart. A matrix is a whole image where the rows of every tensor follow each other at
