@@ -19,6 +19,7 @@ from conformance import (
     assert_every_element_is_written,
     assert_reproducible,
     check_runs,
+    eager_in,
     evaluate,
 )
 from dense_conv_problems import BACKENDS, DTYPES, EXPLANATION, FUSED, PROBE, Case, build, each
@@ -63,8 +64,12 @@ def basic() -> Iterable[Case]:
         yield Case((1, 4, 9, 5), 3, dtype=dtype, arrangements=("channels_last", "contiguous"))
 
 
-# Images of many blocks, and channels of many that leave few shares of the weight's gradient.
+# Images of many blocks, also of tiles of 4x4 pixels, and channels of many that leave few shares of the
+# weight's gradient.
 LARGE = (
+    Case((1, 3, 67, 70), 5, bias=True),
+    Case((1, 7, 130, 61), 2, frozen=True),
+    Case((2, 18, 5, 515), 21, arrangements=("contiguous", "channels_last")),
     Case((2, 40, 70, 130), 70, bias=True),
     Case((1, 48, 128, 128), 48),
     Case((3, 64, 48, 48), 64, bias=True),
@@ -73,8 +78,12 @@ LARGE = (
     Case((1, 520, 32, 32), 512),
 )
 
-# Images of few tiles, whose weights are taken in several parts, and the least that are not of few.
+# Images of few tiles, of 2x2 or 4x4 pixels, whose weights are taken in several parts, and the least that are
+# not of few.
 SMALL = (
+    Case((1, 170, 14, 13), 200, bias=True),
+    Case((2, 97, 26, 25), 100, bias=True),
+    Case((17, 240, 3, 2), 131),
     Case((1, 520, 9, 8), 512),
     Case((2, 97, 7, 10), 200, bias=True),
     Case((3, 25, 4, 4), 161, bias=True, arrangements=("channels_last", "contiguous")),
@@ -153,11 +162,11 @@ def test_narrow_dtypes_are_left_to_the_library(dtype):
 @pytest.mark.skipif("cpu" not in FUSED, reason="no compiled library")
 def test_what_is_slower_is_not_chosen_by_default():
     weight, wide = torch.ones(2, 2, 3, 3), torch.ones(64, 64, 3, 3)
-    large, small = torch.ones(1, 2, 31, 32), torch.ones(1, 2, 30, 32)
+    large, small = torch.ones(1, 2, 90, 92), torch.ones(1, 2, 90, 90)
     assert explain(dense_conv2d, large, weight).chosen == "cpu"
     assert explain(dense_conv2d, torch.ones(1, 64, 8, 7), wide).chosen == "cpu"
     for x, of_x, reason in (
-        (small, weight, "few channels for fewer than 256 tiles of 2x2 pixels, got 2 and 240"),
+        (small, weight, "too little to multiply: 2 channels, 2025 tiles of 2x2 pixels"),
         (torch.ones(1, 64, 10, 6), wide, "fewer than 16 tiles of 2x2 pixels, got 15"),
     ):
         explanation = explain(dense_conv2d, x, of_x)
@@ -167,6 +176,18 @@ def test_what_is_slower_is_not_chosen_by_default():
     last = large.to(memory_format=torch.channels_last)
     assert "not by default: x is in channels_last" in str(explain(dense_conv2d, last, weight))
     assert explain(dense_conv2d, small, weight, backend=("auto", "cpu")).chosen == "eager"
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("channels", [48, 256])
+@pytest.mark.parametrize("size", [32, 68])  # tiles of 4x4 pixels, few of them and many
+def test_errors_are_at_most_six_times_those_of_a_plain_sum(backend, size, channels):
+    problem = build(Case((1, channels, size, size), channels, bias=True))
+    exact = eager_in(torch.float64, problem)
+    own, result = evaluate(problem, "eager"), evaluate(problem, backend)
+    for name, of_plain_sum in own.items():
+        allowed = 6 * (of_plain_sum - exact[name]).norm()
+        assert (result[name] - exact[name]).norm() < allowed, name
 
 
 @pytest.mark.parametrize("backend", FUSED)

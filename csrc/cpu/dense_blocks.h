@@ -16,7 +16,7 @@ inline namespace CPU_CAPABILITY {
 namespace dense {
 
 using at::Tensor;
-using winograd::kPoints, winograd::kTaps;
+using winograd::kTaps;
 
 // Some tiles of an image: rows x columns of them.
 struct Block {
@@ -31,12 +31,14 @@ struct Place {
 };
 
 // How the tiles of an image are divided into blocks.
+template <typename Filter>
 class Blocks {
  public:
   // Of images of height x width, whose tiles have this many channels on both sides together.
   Blocks(int64_t height, int64_t width, int64_t channels)
-      : tile_rows_(ceil_div(height, 2)), tile_columns_(ceil_div(width, 2)) {
-    constexpr int64_t kElements = 8192, kPanel = 48, kMost = 192;  // of the 16 planes: half a MiB of float32
+      : tile_rows_(ceil_div(height, Filter::kTile)), tile_columns_(ceil_div(width, Filter::kTile)) {
+    // Of all planes: half a MiB of float32.
+    constexpr int64_t kElements = (1 << 17) / Filter::kPoints, kPanel = 48, kMost = 192;
     const int64_t most = std::clamp(kElements / std::max<int64_t>(channels, 1), kPanel, kMost);
     double best = 0;
     for (int64_t parts = 1; parts <= tile_columns_; ++parts) {
@@ -97,9 +99,9 @@ struct Channels {
 
 // Of rows of pixels, in all channels, what the memory system is asked for while the product of a point is computed. Of
 // more rows than points, which only narrow images have, the last are not asked for.
-template <typename T>
+template <typename Filter, typename T>
 Prefetch part_of_rows(const Channels<T>& image, int64_t channels, int64_t y, int64_t rows, int64_t x, int64_t columns, int point) {
-  const int64_t parts = std::max<int64_t>(1, kPoints / rows), i = point / parts, part = point % parts;
+  const int64_t parts = std::max<int64_t>(1, Filter::kPoints / rows), i = point / parts, part = point % parts;
   if (i >= rows || y + i < 0 || y + i >= image.height) return {};
   const int64_t first = part * channels / parts, last = (part + 1) * channels / parts;
   const Matrix<T> pixels{image[first] + (y + i) * image.row + x, image.channel};
@@ -107,51 +109,67 @@ Prefetch part_of_rows(const Channels<T>& image, int64_t channels, int64_t y, int
 }
 
 // Of what a block's tiles see, and of what it makes or has the gradient of.
-template <typename T>
+template <typename Filter, typename T>
 Prefetch part_of_input(const Channels<const T>& image, int64_t channels, const Block& block, int point) {
-  return part_of_rows(image, channels, 2 * block.row - 1, 2 * block.rows + 2, 2 * block.column, 2 * block.columns, point);
+  constexpr int n = Filter::kTile;
+  return part_of_rows<Filter>(image, channels, n * block.row - 1, n * block.rows + 2, n * block.column, n * block.columns, point);
 }
-template <typename T>
+template <typename Filter, typename T>
 Prefetch part_of_output(const Channels<T>& image, int64_t channels, const Block& block, int point) {
-  return part_of_rows(image, channels, 2 * block.row, 2 * block.rows, 2 * block.column, 2 * block.columns, point);
+  constexpr int n = Filter::kTile;
+  return part_of_rows<Filter>(image, channels, n * block.row, n * block.rows, n * block.column, n * block.columns, point);
 }
 
-// Transforms of one block of an image: f(rows, first of their rows, target, plane, tiles, room) makes a row of tiles.
-template <typename T, typename F>
-void transform(const Channels<const T>& image, int64_t channels, const Block& block, const winograd::SplitRows<T>& rows,
-               const winograd::PointMatrices<T>& target, F f) {
+// Rows of a block and those above and below that its tiles see.
+template <typename Filter>
+winograd::SplitRows<Filter> rows_of(int64_t tile_rows, int64_t tile_columns) {
+  return {Filter::kTile * tile_rows + 2, tile_columns};
+}
+
+// Runs f(channel, first of its `rows`, target, tiles, room) for every row of tiles of a block, in all channels.
+template <typename Filter, typename T, typename F>
+void for_rows(const Channels<const T>& image, int64_t channels, const Block& block, const winograd::SplitRows<Filter>& rows,
+              const winograd::PointMatrices<T>& target, F f) {
+  constexpr int n = Filter::kTile;
   for (int64_t c = 0; c < channels; ++c) {
-    rows.load(image[c], image.row, image.height, image.width, 2 * block.row - 1, 2 * block.column, 2 * block.rows + 2,
+    rows.load(image[c], image.row, image.height, image.width, n * block.row - 1, n * block.column, n * block.rows + 2,
               block.columns);
     for (int64_t i = 0; i < block.rows; ++i)
-      f(rows, 2 * i, target.at(c, i * block.columns), target.plane, block.columns, (block.rows - i) * block.columns);
+      f(c, n * i, target.at(c, i * block.columns), block.columns, (block.rows - i) * block.columns);
   }
 }
 
-// winograd::output_gradient as transform() calls it: rows start one above the block, as input() needs them.
-constexpr auto kOutputGradient = [](const auto& rows, int64_t i, auto... rest) {
-  winograd::output_gradient(rows, i + 1, rest...);
-};
-
-// A block of the result from its sums.
-template <typename T>
-void write(const winograd::PointMatrices<T>& sums, const Block& block, const T* bias, const Channels<T>& target,
-           int64_t outputs) {
-  const int64_t width = std::min(2 * block.columns, target.width - 2 * block.column);
-  for (int64_t o = 0; o < outputs; ++o)
-    for (int64_t i = 0; i < block.rows; ++i) {
-      const int64_t y = 2 * (block.row + i);
-      winograd::output(sums.at(o, i * block.columns), sums.plane, bias ? bias[o] : T(0),
-                       target[o] + y * target.row + 2 * block.column, target.row, block.columns,
-                       (block.rows - i) * block.columns, std::min<int64_t>(2, target.height - y), width);
-    }
+// Transforms of one block of an image.
+template <typename Filter, typename T>
+void transform(const Channels<const T>& image, int64_t channels, const Block& block, const winograd::SplitRows<Filter>& rows,
+               const winograd::PointMatrices<T>& target) {
+  for_rows(image, channels, block, rows, target, [&](int64_t, int64_t i, T* to, int64_t tiles, int64_t room) {
+    winograd::input(rows, i, to, target.plane, tiles, room);
+  });
 }
 
-// The sum of a channel's gradient in so many tiles.
-template <typename T>
-T sum_of_pixels(const winograd::PointMatrices<T>& gradients, int64_t channel, int64_t tiles) {
-  constexpr int kSum = 5;  // the point that holds the sum of a tile
-  return at::vec::reduce_all<T>([](auto a, auto b) { return a + b; }, gradients[kSum].from(channel, 0).data, tiles);
+// Those of a gradient of the result; the sum of its pixels in every channel is added to `sums`.
+template <typename Filter, typename T>
+void transform_gradient(const Channels<const T>& grad, int64_t channels, const Block& block,
+                        const winograd::SplitRows<Filter>& rows, const winograd::PointMatrices<T>& target, T* sums) {
+  for_rows(grad, channels, block, rows, target, [&](int64_t c, int64_t i, T* to, int64_t tiles, int64_t room) {
+    sums[c] += winograd::output_gradient(rows, i + 1, to, target.plane, tiles, room);
+  });
+}
+
+// A block of the result from its sums.
+template <typename Filter, typename T>
+void write(const winograd::PointMatrices<T>& sums, const Block& block, const T* bias, const Channels<T>& target,
+           int64_t outputs) {
+  constexpr int64_t n = Filter::kTile;
+  const int64_t width = std::min(n * block.columns, target.width - n * block.column);
+  for (int64_t o = 0; o < outputs; ++o)
+    for (int64_t i = 0; i < block.rows; ++i) {
+      const int64_t y = n * (block.row + i);
+      winograd::output<Filter>(sums.at(o, i * block.columns), sums.plane, bias ? bias[o] : T(0),
+                               target[o] + y * target.row + n * block.column, target.row, block.columns,
+                               (block.rows - i) * block.columns, std::min(n, target.height - y), width);
+    }
 }
 
 }  // namespace dense

@@ -52,57 +52,55 @@ struct Taps {
   }
 };
 
-// G g Gᵀ of one vector of weights. Taps lie `tap` apart, results `plane`; `room`: as many of them may be written.
-template <typename T>
-void weight(const T* taps, int64_t tap, T* target, int64_t plane, int64_t room) {
+// G g Gᵀ of one vector of weights, or, `turned`, of the weights turned by 180 degrees. Taps lie `tap` apart, results
+// `plane`; `room`: as many of them may be written.
+template <typename Filter, typename T = typename Filter::T>
+void weight(const T* taps, int64_t tap, bool turned, T* target, int64_t plane, int64_t room) {
+  constexpr int kSide = Filter::kSide;
   using Vec = at::vec::Vectorized<T>;
-  const Vec half(T(0.5));
-  const auto apply = [&half](const Vec& g0, const Vec& g1, const Vec& g2) {
-    const Vec ends = (g0 + g2) * half, middle = g1 * half;
-    return std::array<Vec, kSide>{g0, ends + middle, ends - middle, g2};
-  };
+  if (turned) taps += (kTaps - 1) * tap, tap = -tap;
   const auto g = [&](int i) { return Vec::loadu(taps + i * tap); };
-  const std::array<Vec, kSide> t[3] = {apply(g(0), g(3), g(6)), apply(g(1), g(4), g(7)), apply(g(2), g(5), g(8))};
+  std::array<Vec, kSide> t[3];
+  for (int c = 0; c < 3; ++c) t[c] = Filter::weight({g(c), g(3 + c), g(6 + c)});
   for (int r = 0; r < kSide; ++r) {
-    const auto results = apply(t[0][r], t[1][r], t[2][r]);
+    const auto results = Filter::weight({t[0][r], t[1][r], t[2][r]});
     for (int c = 0; c < kSide; ++c) store_up_to(results[c], target + (r * kSide + c) * plane, room);
   }
 }
 
 // Gᵀ m G of one vector of weights, of which `room` may be read.
-template <typename T>
+template <typename Filter, typename T = typename Filter::T>
 void weight_gradient(const T* source, int64_t plane, T* taps, int64_t tap, int64_t room) {
+  constexpr int kSide = Filter::kSide;
   using Vec = at::vec::Vectorized<T>;
-  const Vec half(T(0.5));
-  const auto apply = [&half](const Vec& m0, const Vec& m1, const Vec& m2, const Vec& m3) {
-    const Vec sum = (m1 + m2) * half;
-    return std::array<Vec, 3>{m0 + sum, (m1 - m2) * half, sum + m3};
-  };
-  std::array<Vec, 3> t[kSide];
+  std::array<Vec, kSide> t[3];
   for (int c = 0; c < kSide; ++c) {
-    const auto m = [&](int r) { return load_up_to(source + (r * kSide + c) * plane, room); };
-    t[c] = apply(m(0), m(1), m(2), m(3));
+    std::array<Vec, kSide> m;
+    for (int r = 0; r < kSide; ++r) m[r] = load_up_to(source + (r * kSide + c) * plane, room);
+    const auto column = Filter::weight_gradient(m);
+    for (int r = 0; r < 3; ++r) t[r][c] = column[r];
   }
   for (int r = 0; r < 3; ++r) {
-    const auto results = apply(t[0][r], t[1][r], t[2][r], t[3][r]);
+    const auto results = Filter::weight_gradient(t[r]);
     for (int c = 0; c < 3; ++c) results[c].store(taps + (r * 3 + c) * tap);
   }
 }
 
 // G g Gᵀ of `count` weights of 3x3, which follow each other; point p at target[p * plane].
-template <typename T>
-void weights(const T* source, T* target, int64_t plane, int64_t count) {
+template <typename Filter, typename T = typename Filter::T>
+void weights(const T* source, bool turned, T* target, int64_t plane, int64_t count) {
   Taps<T> taps;
   for (int64_t begin = 0; begin < count; begin += kTogether) {
     const int64_t n = std::min(kTogether, count - begin);
     taps.take(source + begin * kTaps, n);
-    for (int64_t i = 0; i < n; i += Taps<T>::size) weight(taps.of[0] + i, kTogether, target + begin + i, plane, n - i);
+    for (int64_t i = 0; i < n; i += Taps<T>::size)
+      weight<Filter>(taps.of[0] + i, kTogether, turned, target + begin + i, plane, n - i);
   }
 }
 
 // The same of `rows` x `columns` weights, rows `source_row` weights apart, as `columns` x `rows`: lanes are rows.
-template <typename T>
-void weights_transposed(const T* source, int64_t source_row, const PointMatrices<T>& target, int64_t rows,
+template <typename Filter, typename T = typename Filter::T>
+void weights_transposed(const T* source, int64_t source_row, bool turned, const PointMatrices<T>& target, int64_t rows,
                         int64_t columns) {
   constexpr int64_t size = at::vec::Vectorized<T>::size();
   alignas(64) T taps[size * kTaps * size];
@@ -117,18 +115,18 @@ void weights_transposed(const T* source, int64_t source_row, const PointMatrices
         for (int64_t r = 0; r < height; ++r)
           for (int64_t k = 0; k < width * kTaps; ++k) taps[k * size + r] = from[r * source_row * kTaps + k];
       for (int64_t k = 0; k < width; ++k)
-        weight(taps + k * kTaps * size, size, target.at(j + k, i), target.plane, height);
+        weight<Filter>(taps + k * kTaps * size, size, turned, target.at(j + k, i), target.plane, height);
     }
 }
 
 // Gᵀ m G, the gradient of `count` weights from that of their transforms.
-template <typename T>
+template <typename Filter, typename T = typename Filter::T>
 void weight_gradients(const T* source, int64_t plane, T* target, int64_t count) {
   Taps<T> taps;
   for (int64_t begin = 0; begin < count; begin += kTogether) {
     const int64_t n = std::min(kTogether, count - begin);
     for (int64_t i = 0; i < n; i += Taps<T>::size)
-      weight_gradient(source + begin + i, plane, taps.of[0] + i, kTogether, n - i);
+      weight_gradient<Filter>(source + begin + i, plane, taps.of[0] + i, kTogether, n - i);
     taps.put(target + begin * kTaps, n);
   }
 }
