@@ -73,8 +73,10 @@ void forward_task(const TokenProblem<T>& p, PackedKeys<S, T>& keys, const T* val
     for (int64_t i = 0; i < count; ++i) {
       const int64_t saved = ((b * p.heads + h) * p.queries + n + i) * p.branches;
       T *scores_row = scores.get() + i * p.keys, *out_row = out_block.get() + i * p.width;
-      row.select(scores_row, b, h, threshold.mutable_data_ptr<T>() + saved, last_tie.mutable_data_ptr<int32_t>() + saved,
-                 log_sum_exp.mutable_data_ptr<T>() + saved);
+      T *thresholds = threshold.mutable_data_ptr<T>() + saved, *normalisers = log_sum_exp.mutable_data_ptr<T>() + saved;
+      int32_t* last_ties = last_tie.mutable_data_ptr<int32_t>() + saved;
+      if (p.dense_product && row.dense(scores_row, b, h, thresholds, last_ties, normalisers)) continue;
+      row.select(scores_row, b, h, thresholds, last_ties, normalisers);
       if (p.dense_product) row.mixture(scores_row);
       else row.each([&](int64_t index, T share) { add_scaled(share, values + index * p.width, out_row, p.width); });
     }

@@ -69,22 +69,56 @@ struct TokenProblem {
 template <typename T>
 class ForwardRow {
  public:
-  explicit ForwardRow(const TokenProblem<T>& p) : p_(p), selector_(p.largest()), exponential_(p.largest()), share_(p.branches) {}
+  explicit ForwardRow(const TokenProblem<T>& p)
+      : p_(p), selector_(p.largest()), exponential_(p.largest()), share_(p.branches) {
+    if (!p.dense_product) return;
+    row_.assign(padded(), -std::numeric_limits<T>::infinity());
+    dense_exponential_.resize(padded());
+  }
+
+  // Dense: fills the statistics of the row (J each) and writes the mixture over the scores. False, and nothing that
+  // counts is written, where entries are too near to each other, or do not compare: then it takes select().
+  bool dense(T* scores, int64_t b, int64_t h, T* threshold, int32_t* last_tie, T* log_sum_exp) {
+    std::copy_n(scores, p_.keys, row_.begin());
+    T low = smallest(scores, p_.keys);
+    largest_ = largest(scores, p_.keys);
+    if (!std::isfinite(low) || !std::isfinite(largest_)) return false;
+    for (const int64_t j : p_.sparse) {
+      if (!find_by_halving(row_.data(), padded(), p_.topk[j], low, largest_, threshold[j])) return false;
+      low = threshold[j];
+      last_tie[j] = static_cast<int32_t>(p_.keys - 1);
+      while (row_[last_tie[j]] != low) --last_tie[j];
+    }
+    T* exponential = dense_exponential_.data();
+    at::vec::map([m = largest_](Vec<T> s) { return (s - Vec<T>(m)).exp(); }, exponential, row_.data(), padded());
+    dense_share_ = 0;
+    for (int64_t j = 0; j < p_.branches; ++j) {
+      const bool is_dense = p_.topk[j] >= p_.keys;
+      if (is_dense) threshold[j] = -std::numeric_limits<T>::infinity(), last_tie[j] = static_cast<int32_t>(p_.keys - 1);
+      Vec<T> sums(0);
+      each_vector([&](int64_t l) { sums = sums + (Vec<T>::loadu(exponential + l) & reaches(l, threshold[j])); });
+      const T sum = at::vec::vec_reduce_all<T>([](Vec<T> x, Vec<T> y) { return x + y; }, sums);
+      share_[j] = p_.weight(b, h, j) / sum;
+      if (is_dense) dense_share_ += share_[j];
+      log_sum_exp[j] = largest_ + std::log(sum);
+    }
+    each_vector([&](int64_t l) {
+      Vec<T> share(dense_share_);
+      for (const int64_t j : p_.sparse) share = share + (Vec<T>(share_[j]) & reaches(l, threshold[j]));
+      (Vec<T>::loadu(exponential + l) * share).store(scores + l, std::min<int64_t>(Vec<T>::size(), p_.keys - l));
+    });
+    return true;
+  }
 
   // Fills the statistics of the row (J each).
   void select(const T* scores, int64_t b, int64_t h, T* threshold, int32_t* last_tie, T* log_sum_exp) {
     entries_ = p_.sparse.empty() ? nullptr : &selector_.select(scores, p_.keys, p_.largest());
-    largest_ = largest(scores);
+    largest_ = p_.has_dense() ? largest(scores, p_.keys) : largest_entry();
     int64_t prefix = entries_ ? static_cast<int64_t>(entries_->size()) : 0;
     for (const int64_t j : p_.sparse) {
       const int64_t count = std::min(p_.topk[j], prefix);
-      if (count == 0) {  // nothing comparable in the row
-        threshold[j] = std::numeric_limits<T>::infinity(), last_tie[j] = -1;
-        continue;
-      }
-      std::nth_element(entries_->begin(), entries_->begin() + (count - 1), entries_->begin() + prefix);
-      threshold[j] = (*entries_)[count - 1].value;
-      last_tie[j] = (*entries_)[count - 1].index;
+      const Entry<T> last = selector_.first(count, prefix);
+      threshold[j] = last.value, last_tie[j] = last.index;
       prefix = count;
     }
     dense_share_ = 0;
@@ -115,12 +149,18 @@ class ForwardRow {
   }
 
  private:
-  T largest(const T* scores) const {
-    if (p_.has_dense())
-      return at::vec::reduce_all<T>([](Vec<T> a, Vec<T> b) { return at::vec::maximum(a, b); }, scores, p_.keys);
-    T largest = -std::numeric_limits<T>::infinity();
-    for (const auto& entry : *entries_) largest = std::max(largest, entry.value);
-    return largest;
+  int64_t padded() const { return ceil_div(p_.keys, Vec<T>::size()) * Vec<T>::size(); }
+  Vec<T> reaches(int64_t l, T threshold) const { return Vec<T>::loadu(row_.data() + l) >= Vec<T>(threshold); }
+
+  template <typename F>
+  void each_vector(F f) const {
+    for (int64_t l = 0; l < padded(); l += Vec<T>::size()) f(l);
+  }
+
+  T largest_entry() const {
+    T most = -std::numeric_limits<T>::infinity();
+    for (const auto& entry : *entries_) most = std::max(most, entry.value);
+    return most;
   }
 
   void normalise(const T* scores, int64_t b, int64_t h, T* threshold, int32_t* last_tie, T* log_sum_exp) {
@@ -151,6 +191,7 @@ class ForwardRow {
   std::vector<T> exponential_;                // exp(value - largest_) of the entries
   std::vector<T> share_;                      // weight / sum, per branch
   T largest_ = 0, dense_share_ = 0;
+  std::vector<T> row_, dense_exponential_;  // of whole vectors: the scores, -inf after them; their exponentials
 };
 
 // A row's gradient of the scores and its mixture, from the saved statistics.
