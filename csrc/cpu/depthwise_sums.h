@@ -9,6 +9,23 @@ namespace depthwise {
 
 constexpr int kMostTaps = 49;
 
+// Keeps a vector in a register, `if_held`, i.e. where there is one for it beside the sums. Otherwise each
+// multiplication would load it anew, from two cache lines where it is not aligned.
+template <bool if_held, typename T>
+at::vec::Vectorized<T> in_register(const at::vec::Vectorized<T>& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  std::conditional_t<std::is_same_v<T, float>, __m512, __m512d> bits = x;
+#elif defined(CPU_CAPABILITY_AVX2)
+  std::conditional_t<std::is_same_v<T, float>, __m256, __m256d> bits = x;
+#else
+  const at::vec::Vectorized<T>& bits = x;
+#endif
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  if constexpr (if_held) asm("" : "+v"(bits));
+#endif
+  return bits;
+}
+
 // How the sums become results.
 template <typename T>
 struct Epilogue {
@@ -32,7 +49,7 @@ void correlate_block(const T* in, int64_t pitch, int64_t plane, const at::vec::V
       for (int i = 0; i < K; ++i) {
         Vec x[kVectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) x[v] = Vec::loadu(in + y * pitch + i * D + v * Vec::size());
+        for (int v = 0; v < kVectors; ++v) x[v] = in_register<K <= 5>(Vec::loadu(in + y * pitch + i * D + v * Vec::size()));
 #pragma GCC unroll 8
         for (int j = 0; j < K; ++j) {
           const int r = y - j * D;
@@ -65,7 +82,7 @@ void correlate(const T* in, int64_t pitch, int64_t plane, const T* weight, int64
                Matrix<T> out, int64_t rows, int64_t width, Prefetches idle) {
   using Vec = at::vec::Vectorized<T>;
   constexpr int64_t kReach = D * (K / 2);
-  constexpr int kVectors = K <= 5 ? 1 : 2;  // 49 weights come from memory: two vectors share each
+  constexpr int kVectors = K == 5 ? 1 : 2;  // share a weight; not where the registers are as many as weights and sums
   Vec weights[2 * K * K];
   for (int64_t i = 0; i < inputs * K * K; ++i) weights[i] = Vec(weight[i]);
   in -= kReach * pitch + kReach;
@@ -113,6 +130,30 @@ void add_tap_products(const T* x, int64_t x_pitch, const T* grad, int64_t pitch,
     for (int i = 0; i < K; ++i) sum[(tap_row + j) * K + i] = sum[(tap_row + j) * K + i] + total[j][i];
 }
 
+// The same for all taps of 3x3, which have a register each, as has what they multiply. An array of them would be memory.
+template <typename T, int D>
+void add_three_taps(const T* x, int64_t x_pitch, const T* grad, int64_t pitch, int64_t rows, int64_t width,
+                    at::vec::Vectorized<T>* sum) {
+  using at::vec::fmadd;
+  using Vec = at::vec::Vectorized<T>;
+  Vec a0(T(0)), a1(T(0)), a2(T(0)), b0(T(0)), b1(T(0)), b2(T(0)), c0(T(0)), c1(T(0)), c2(T(0));
+  for (int64_t column = 0; column < width; column += Vec::size()) {
+    const T *at_x = x - D * x_pitch + column, *at_grad = grad + column;
+    for (int64_t y = 0; y < rows; ++y, at_x += x_pitch, at_grad += pitch) {
+      const Vec above = in_register<true>(Vec::loadu(at_x)), here = in_register<true>(Vec::loadu(at_x + D * x_pitch)),
+                below = in_register<true>(Vec::loadu(at_x + 2 * D * x_pitch));
+      const Vec right = in_register<true>(Vec::loadu(at_grad + D));
+      a0 = fmadd(right, above, a0), b0 = fmadd(right, here, b0), c0 = fmadd(right, below, c0);
+      const Vec middle = in_register<true>(Vec::loadu(at_grad));
+      a1 = fmadd(middle, above, a1), b1 = fmadd(middle, here, b1), c1 = fmadd(middle, below, c1);
+      const Vec left = in_register<true>(Vec::loadu(at_grad - D));
+      a2 = fmadd(left, above, a2), b2 = fmadd(left, here, b2), c2 = fmadd(left, below, c2);
+    }
+  }
+  int i = 0;
+  for (const Vec& total : {a0, a1, a2, b0, b1, b2, c0, c1, c2}) sum[i++] = total;
+}
+
 template <typename T, int K, int D>
 void tap_products(const T* x, int64_t x_pitch, const T* grad, int64_t pitch, int64_t rows, int64_t width, T* out) {
   using Vec = at::vec::Vectorized<T>;
@@ -124,10 +165,14 @@ void tap_products(const T* x, int64_t x_pitch, const T* grad, int64_t pitch, int
   constexpr int kTapRows = std::clamp(kAccumulators / K, 1, K), kRest = K % kTapRows;
   Vec sum[K * K];
   for (Vec& part : sum) part = Vec(T(0));
-  int j = 0;
-  for (; j + kTapRows <= K; j += kTapRows)
-    add_tap_products<T, K, D, kTapRows>(x, x_pitch, grad, pitch, rows, width, j, sum);
-  if constexpr (kRest != 0) add_tap_products<T, K, D, kRest>(x, x_pitch, grad, pitch, rows, width, j, sum);
+  if constexpr (K == 3) {
+    add_three_taps<T, D>(x, x_pitch, grad, pitch, rows, width, sum);
+  } else {
+    int j = 0;
+    for (; j + kTapRows <= K; j += kTapRows)
+      add_tap_products<T, K, D, kTapRows>(x, x_pitch, grad, pitch, rows, width, j, sum);
+    if constexpr (kRest != 0) add_tap_products<T, K, D, kRest>(x, x_pitch, grad, pitch, rows, width, j, sum);
+  }
   for (int i = 0; i < K * K; ++i)
     out[i] = at::vec::vec_reduce_all<T>([](Vec a, Vec b) { return a + b; }, sum[i]);
 }
