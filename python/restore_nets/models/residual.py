@@ -29,7 +29,7 @@ class ResidualBlock(nn.Module):
         self.res_scale = res_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.res_scale * self.body(x)
+        return torch.add(x, self.body(x), alpha=self.res_scale)
 
 
 class MeanShift(nn.Conv2d):
