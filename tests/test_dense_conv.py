@@ -179,14 +179,14 @@ def test_what_is_slower_is_not_chosen_by_default():
 
 
 @pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("channels", [48, 256])
+@pytest.mark.parametrize("channels", [48, 80, 256])
 @pytest.mark.parametrize("size", [32, 68])  # tiles of 4x4 pixels, few of them and many
-def test_errors_are_at_most_six_times_those_of_a_plain_sum(backend, size, channels):
+def test_errors_are_near_those_of_a_plain_sum(backend, size, channels):
     problem = build(Case((1, channels, size, size), channels, bias=True))
     exact = eager_in(torch.float64, problem)
     own, result = evaluate(problem, "eager"), evaluate(problem, backend)
     for name, of_plain_sum in own.items():
-        allowed = 6 * (of_plain_sum - exact[name]).norm()
+        allowed = 4 * (of_plain_sum - exact[name]).norm()
         assert (result[name] - exact[name]).norm() < allowed, name
 
 

@@ -68,7 +68,7 @@ class Weights {
 // out = x convolved by the weights.
 template <typename Filter, typename T = typename Filter::T>
 void convolve(const Tensor& x, const Weights<Filter>& weights, const T* bias, const Tensor& out) {
-  constexpr int64_t kDepth = 128;  // channels that are summed up in one go: rounding grows with them
+  constexpr int64_t kDepth = 64;  // channels that are summed up in one go: rounding grows with them
   const int64_t channels = x.size(1), outputs = out.size(1);
   const int64_t depth = ceil_div(channels, ceil_div(channels, kDepth));
   const Blocks<Filter> blocks(x.size(2), x.size(3), channels + outputs);

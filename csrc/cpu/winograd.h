@@ -53,7 +53,7 @@ struct Two {
 };
 
 // F(4x4, 3x3), from the points 0, 5/8, -5/8, 3/2, -3/2 and infinity, with which errors are half as large as with the
-// usual 0, 1, -1, 2, -2: 3 to 5 times those of a plain sum.
+// usual 0, 1, -1, 2, -2: 3 to 4 times those of a plain sum.
 template <typename Number>
 struct Four {
   using T = Number;

@@ -29,7 +29,7 @@ def dense_conv2d(
     ``torch.nn.functional.conv2d`` with a kernel of 3x3, stride 1 and zero padding of 1. On the CPU, in
     float32 and float64, by Winograd's minimal filtering: F(2x2, 3x3), 16 multiplications where the
     definition has 36, with errors like its own; or, in float32 where it is quicker, F(4x4, 3x3), 36 where
-    the definition has 144, with errors 3 to 5 times its own (1e-6 of the result's size). Everything else runs
+    the definition has 144, with errors 3 to 4 times its own (1e-6 of the result's size). Everything else runs
     as PyTorch's convolution, which is quicker there.
 
     Source: "Fast Algorithms for Convolutional Neural Networks" (arXiv 1509.09308), section 4.1.
