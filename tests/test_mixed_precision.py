@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import geometric_mean
+
 import pytest
 import torch
 from rich.console import Console
@@ -52,20 +54,26 @@ def float16(monkeypatch):
             check(self)
 
     monkeypatch.setattr(TrainingConfig, "__post_init__", unchecked)
-    return lambda steps=6: trainer(steps, precision="float16")
+    return lambda steps=6, seed=0: trainer(steps, seed, precision="float16")
 
 
 def test_float16_strays_from_float32_as_eager_does(float16):
-    """AdamW makes steps of full length of gradients that rounding decides: later losses are further apart."""
-    errors = {}
+    """AdamW makes steps of full length of gradients that rounding decides: later losses are further apart.
+
+    How far is luck of the one run, so it is the geometric mean over several that counts.
+    """
+    means = {}
     for backend in ("eager", "auto"):
-        with use_backend(backend):
-            wide, narrow = trainer(4), float16(4)
-            for run in (wide, narrow):
-                run.train()
-        assert narrow.skipped_steps == 0 and narrow.losses[0] == pytest.approx(wide.losses[0], rel=2**-9)
-        errors[backend] = max(abs(n - w) / w for n, w in zip(narrow.losses, wide.losses, strict=True))
-    assert 0 < errors["auto"] <= ERROR_MULTIPLE * errors["eager"]
+        errors = []
+        for seed in range(6):
+            with use_backend(backend):
+                wide, narrow = trainer(4, seed), float16(4, seed)
+                for run in (wide, narrow):
+                    run.train()
+            assert narrow.skipped_steps == 0 and narrow.losses[0] == pytest.approx(wide.losses[0], rel=2**-9)
+            errors += [abs(n - w) / w for n, w in zip(narrow.losses, wide.losses, strict=True)]
+        means[backend] = geometric_mean(max(error, torch.finfo(torch.float32).eps) for error in errors)
+    assert torch.finfo(torch.float32).eps < means["auto"] <= ERROR_MULTIPLE * means["eager"]
 
 
 def test_scaling_changes_nothing_but_what_would_vanish(float16):
