@@ -195,3 +195,16 @@ def test_errors(error, bad, message):
     with pytest.raises(error, match=message) as raised:
         bilinear_resize(**{**good, **bad})
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (5, 8), (6, 7)])
+def test_compiled_eager_halves_odd_sizes(size):
+    """Inductor's own gradient of pooling in ceil_mode is wrong (pytorch/pytorch#198119)."""
+    torch.compiler.reset()
+    x = randn(2, 3, *size).requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        return bilinear_resize(x, 0.5, backend="eager").square().sum()
+
+    own, compiled = (torch.autograd.grad(f(x), x)[0] for f in (loss, torch.compile(loss, fullgraph=True)))
+    torch.testing.assert_close(compiled, own)
