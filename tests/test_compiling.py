@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from restore_kernels import use_backend
 from restore_nets import create_model, list_models
 from restore_nets.models.blocks import TransformerBlock
-from restore_nets.models.fusion import ChannelGate, FuseTwo, GatedConvs
+from restore_nets.models.fusion import ChannelGate, ConvOptions, FuseTwo, GatedConvs
 from restore_nets.models.gated import ResidualBlocks
 from restore_nets.models.mefc import FeatureCompensator, _Mixture
-from restore_nets.models.multi_scale import Decoder, Encoder, _DecoderLevel, _EncoderLevel
+from restore_nets.models.multi_scale import Decoder, Encoder, Resize, _DecoderLevel, _EncoderLevel
 from restore_nets.models.residual import ResidualBlock
 from restore_nets.models.tokens import TokenBranch
 
@@ -93,3 +94,31 @@ def test_forward_and_backward_are_one_graph_each(case):
         size = gradient.norm()
         assert size > 0, f"{name} does not learn: its gradient shows nothing"
         assert (compiled[name] - gradient).norm() <= TOLERANCE * size, name
+
+
+class Enlarging(nn.Module):
+    """What a level of the decoder makes of the level below."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.fuse = FuseTwo(ConvOptions(dim=48, kernel_size=3, reduction=4, bias=False))
+        self.resize = Resize(48, factor)
+
+    def forward(self, own: Tensor, below: Tensor) -> Tensor:
+        return self.fuse(own, self.resize(below))
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_inductor_does_not_lose_gradients_of_enlarging(factor):
+    """It may use sums that it scatters before they are made (pytorch/pytorch#185509): F.interpolate's."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, below = Enlarging(factor), torch.randn(1, 48, 64 // factor, 64 // factor, requires_grad=True)
+    own = torch.randn(1, 48, 64, 64, requires_grad=True)
+    with use_backend("eager"):
+        expected, compiled = (
+            torch.autograd.grad(f(own, below).square().mean(), (own, below, *model.parameters()))
+            for f in (model, torch.compile(model, fullgraph=True))
+        )
+    for a, b in zip(expected, compiled, strict=True):
+        assert (a - b).norm() <= 1e-4 * a.norm()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restore_kernels.nn import BilinearResize, PointwiseConv2d
@@ -23,14 +25,47 @@ class Resize(nn.Module):
     def __init__(self, dim: int, factor: float) -> None:
         super().__init__()
         self.enlarges = factor > 1
-        by_two = factor in (2, 1 / 2)
-        resize = BilinearResize(factor) if by_two else nn.Upsample(scale_factor=factor, mode="bilinear")
+        by_four = {4: Quadruple, 1 / 4: Quarter}
+        resize = by_four[factor]() if factor in by_four else BilinearResize(factor)
         layers = resize, PointwiseConv2d(dim, dim, bias=False)
         self.add_module("up" if self.enlarges else "down", nn.ModuleList(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         resized, convolved = cast(nn.ModuleList, next(self.children()))
         return resized(convolved(x)) if self.enlarges else convolved(resized(x))
+
+
+class Quarter(nn.Module):
+    """Bilinear resizing to a quarter of the size: the average of the inner 2x2 of 4x4 pixels.
+
+    Shape: (B, C, H, W), multiples of 4 -> (B, C, H / 4, W / 4).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x[:, :, 1:, 1:], 2, stride=4)
+
+
+class Quadruple(nn.Module):
+    """Bilinear resizing to four times the size.
+
+    Shape: (B, C, H, W) -> (B, C, 4 H, 4 W).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Not to scatter in backward: torch.compile may use the sums before they are made, and the gradient
+        # is then 0 (pytorch/pytorch#185509).
+        if torch.compiler.is_compiling():
+            return _quadruple_along(_quadruple_along(x, 2), 3)
+        return F.interpolate(x, scale_factor=4.0, mode="bilinear")
+
+
+def _quadruple_along(x: Tensor, dim: int) -> Tensor:
+    size = x.shape[dim]
+    before = torch.cat((x.narrow(dim, 0, 1), x.narrow(dim, 0, size - 1)), dim)
+    after = torch.cat((x.narrow(dim, 1, size - 1), x.narrow(dim, size - 1, 1)), dim)
+    mixtures = ((before, 3 / 8), (before, 1 / 8), (after, 1 / 8), (after, 3 / 8))
+    mixed = [torch.lerp(x, beside, share) for beside, share in mixtures]
+    return torch.stack(mixed, dim + 1).flatten(dim, dim + 1)
 
 
 class Encoder(nn.Module):
