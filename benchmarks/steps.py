@@ -29,7 +29,7 @@ from restore_nets.kernel_checks import FIRST_MULTIPLE, NOISE_MULTIPLE
 from restore_nets.loss_curves import STEPS as CURVE_STEPS
 from restore_nets.loss_curves import LossCurves, loss_curves
 from restore_nets.models import list_models
-from restore_nets.profile_report import kind_seconds, memory
+from restore_nets.profile_report import kind_seconds, memory, mfu
 from restore_nets.profiling import (
     COMPILED,
     EAGER,
@@ -72,6 +72,11 @@ percentile); kinds of operators are from the quickest of three steps under torch
 On a GPU (`--device cuda`) a step is of {ON_GPU["batch"]} images of {ON_GPU["size"]}x{ON_GPU["size"]} in bf16,
 and the time of an operator is that of the kernels that it starts.
 
+MFU (model FLOPs utilisation) is the rate of the convolutions and products of the network's definition, three
+times those of forward, as a share of that of a matrix product or a 1x1 convolution, the quicker one, in the
+same run. A step's time multiplied by its MFU is the least that it can take, but for 3x3 convolutions, which
+minimal filtering makes of fewer operations.
+
 A kind has all that its operators call inside, and a gradient counts where the forward operator does that made
 it. Dense convolutions are 3x3; depthwise ones are 3x3 to 7x7; grouped ones have two inputs and one output
 each. "Other" is concatenation, addition, resizing, pixel shuffling, linear layers, the loss, and Python
@@ -79,13 +84,13 @@ between operators.
 
 Before it is timed, the loss and the gradient of every alternative are held to those of eager PyTorch: in
 float32 to a multiple of what moving the weights by one rounding does to them, in bf16 to twice what bf16 does
-to them in eager PyTorch. What is further off is "wrong" and gets no time: torch.compile makes wrong gradients
-of the bilinear enlargement in two networks. The losses are those of {CURVE_STEPS} steps, a whole schedule,
-on crops of photos of {CURVE_SIZE}x{CURVE_SIZE}, from one seed. "By rounding" is what moving every weight of
-eager PyTorch by one unit in the last place before every step does, the most that it does in several runs.
-Ours "follows" where it parts from eager PyTorch after at least half as many steps, or at the first by at most
-{FIRST_MULTIPLE:g} times what rounding does to the first loss, and later by at most {NOISE_MULTIPLE:g}
-times as much.
+to them in eager PyTorch. What is further off is "wrong" and gets no time.
+
+The losses are those of {CURVE_STEPS} steps, a whole schedule, on crops of photos of
+{CURVE_SIZE}x{CURVE_SIZE}, from one seed. "By rounding" is what moving every weight of eager PyTorch by one
+unit in the last place before every step does, the most that it does in several runs. Ours "follows" where it
+parts from eager PyTorch after at least half as many steps, or at the first by at most {FIRST_MULTIPLE:g} times
+what rounding does to the first loss, and later by at most {NOISE_MULTIPLE:g} times as much.
 The learning rate is 1e-3 after a warm-up of one step, far above that of published trainings: these steps
 compare implementations, they train nothing."""
 
@@ -169,7 +174,7 @@ def machine_tables(results: list[dict[str, Any]]) -> str:
 def _step_table(results: list[dict[str, Any]]) -> list[str]:
     columns = (
         "network, image", "ours", "eager", "against eager", "against eager NCHW", "eager, the slower format",
-        "torch.compile", "against torch.compile", "ours, bf16", "against ours",
+        "torch.compile", "against torch.compile", "ours, bf16", "against ours", "MFU, ours", "MFU, eager",
     )  # fmt: skip
     lines = _head(columns)
     for result in results:
@@ -183,6 +188,7 @@ def _step_table(results: list[dict[str, Any]]) -> list[str]:
             name, cells[OURS], cells[eager], _ratio(rows, OURS, eager),
             _ratio(rows, OURS, EAGER) if default else "", cells[slower], cells[COMPILED],
             _ratio(rows, OURS, COMPILED), cells[OURS_BF16], _ratio(rows, OURS_BF16, OURS),
+            *(mfu(rows[which]) if which in rows else "" for which in (OURS, eager)),
         ))  # fmt: skip
     measured = {_name(result["step"]) for result in results}
     on_gpu = ({**asdict(STEPS[0]), **ON_GPU, "model": model} for model in list_models())

@@ -16,6 +16,7 @@ from torch import nn
 from restore_kernels.nn import DenseConv2d, DepthwiseConv2d, PointwiseConv2d
 from restore_nets import cli, list_models, profiling
 from restore_nets.attribution import KINDS, OUTSIDE, break_down, convolution_kind
+from restore_nets.flops import step_flops
 from restore_nets.loss_curves import loss_curves
 from restore_nets.profile_report import kind_seconds, page, tables, title
 from restore_nets.profiling import (
@@ -386,7 +387,24 @@ def test_the_page_has_all_of_a_result(result):
     assert rows[0].count("not measured") == 2 and rows[1].count("wrong") == 1
     times = result["alternatives"]
     assert rows[0].split(" | ")[4] == f"{times[EAGER]['median'] / times[OURS]['median']:.2f}x"
+    assert rows[0].endswith(f"| {times[OURS]['mfu']:.0%} | {times[baseline(times)]['mfu']:.0%} |")
     assert "- drsformer 24x24, ours, bf16: loss differs" in text
     (losses,) = (line for line in rows if f"{curves.ours[0]:.4f}" in line)
     assert " follows " in losses
-    assert {line.count("|") for line in text.splitlines() if line.startswith("| panet ")} == {10, 11}
+    assert {line.count("|") for line in text.splitlines() if line.startswith("| panet ")} == {10, 13}
+
+
+def test_operations_of_a_step_are_three_times_those_of_forward():
+    flops = step_flops("panet", {"n_resblocks": 2, "n_feats": 8}, 1, 16)
+    twice = step_flops("panet", {"n_resblocks": 2, "n_feats": 8}, 2, 16)
+    assert flops > 0 and flops % 3 == 0 and twice == 2 * flops
+    more = step_flops("panet", {"n_resblocks": 4, "n_feats": 8}, 1, 16) - flops
+    assert more == 3 * 4 * (2 * 8 * 8 * 9 * 16 * 16)  # of two blocks with two 3x3 convolutions each
+
+
+def test_utilisation_of_a_step(result):
+    rows = result["alternatives"]
+    assert result["flops"] == step_flops("drsformer", TINY["drsformer"], 1, 16)
+    for row in rows.values():
+        done = row["mfu"] * row["median"] * result["machine"]["flops_per_second"]
+        assert done == pytest.approx(result["flops"])

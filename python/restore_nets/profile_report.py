@@ -65,11 +65,16 @@ def _steps(result: Result) -> Rows:
         )
         rows.append((
             name, f"{_ms(row['median'])} ({_ms(row['p20'])} to {_ms(row['p80'])})",
-            f"{eager / row['median']:.2f}x", *phases, memory(row), f"{row['loss']:.6f}",
+            f"{eager / row['median']:.2f}x", mfu(row), *phases, memory(row), f"{row['loss']:.6f}",
         ))  # fmt: skip
-    rows += [(name, f"wrong: {why}", *[""] * 7) for name, why in result["wrong"].items()]
-    columns = ("", "ms a step (p20 to p80)", "against eager", *(f"{phase}, ms" for phase in PHASES))
+    rows += [(name, f"wrong: {why}", *[""] * 8) for name, why in result["wrong"].items()]
+    columns = ("", "ms a step (p20 to p80)", "against eager", "MFU", *(f"{phase}, ms" for phase in PHASES))
     return Rows("Steps", (*columns, "peak memory", "loss"), rows)
+
+
+def mfu(row: dict[str, Any]) -> str:
+    """Of an alternative; of one in another precision, and in older results, there is none."""
+    return f"{row['mfu']:.0%}" if "mfu" in row else ""
 
 
 def memory(row: dict[str, Any]) -> str:
@@ -146,6 +151,9 @@ def notes(result: Result) -> list[str]:
         f"Alternatives take turns in one process; medians, compared with {quicker}. Kinds, modules "
         f"and operators are from the quickest of {PROFILED_STEPS} steps under the profiler{of_kernels}: "
         f"{', '.join(profiled)}.",
+        f"MFU: the rate of the {result['flops'] / 1e9:,.1f} GFLOP that the convolutions and products of the "
+        "network's definition are, as a share of that of a matrix product or a 1x1 convolution, the quicker "
+        f"one: {result['machine']['flops_per_second'] / 1e9:,.0f} GFLOP/s.",
         "Peak memory is what a step holds at its peak beyond weights, gradients and the optimizer's state.",
     ]
 

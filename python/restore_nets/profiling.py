@@ -23,11 +23,12 @@ from torch import nn
 
 import restore_kernels
 from restore_kernels import recording
-from restore_kernels.profiling.machine import machine, peak_extra_memory
+from restore_kernels.profiling.machine import ceilings, machine, peak_extra_memory
 from restore_kernels.profiling.measure import Timing, interleave
 from restore_nets.attribution import Breakdown, Ranges, break_down
 from restore_nets.data import synthetic_crops
 from restore_nets.demo_recipes import DEFAULT_MODELS, DEFAULT_TASK
+from restore_nets.flops import step_flops, utilisation
 from restore_nets.kernel_checks import NOISE_MULTIPLE
 from restore_nets.models import create_model
 from restore_nets.models.options import check_choice, check_integer
@@ -246,9 +247,10 @@ def profile_step(
         on_stage: called with a word or two before each part of the work.
 
     Returns:
-        Plain data: the step, the machine, and per alternative the seconds of a step (median, p20, p80,
-        runs), those of its phases, its loss, its memory format, and its peak memory beyond weights,
-        gradients and AdamW's state (on the CPU None under torch.compile, where it would be that of
+        Plain data: the step, its ``step_flops``, the machine and its flops_per_second in the step's
+        precision, and per alternative the seconds of a step (median, p20, p80, runs), those of its phases,
+        its loss, its memory format, its MFU (of those in that precision), and its peak memory beyond
+        weights, gradients and AdamW's state (on the CPU None under torch.compile, where it would be that of
         compiling). Ours and the ``baseline`` have a ``Breakdown`` too, where the device can be profiled. An
         alternative that is wrong stands under "wrong", with the reason.
     """
@@ -265,6 +267,7 @@ def _profile_step(
     losses, wrong = _check(step, alternatives)
     right = {name: alternative for name, alternative in alternatives.items() if name not in wrong}
     on_stage("timing")
+    peak = ceilings(step.device, DTYPES[step.dtype], seconds=min(seconds, 2.0))["flops_per_second"]
     with collector_spared():  # as in Trainer.train
         timings = interleave(
             right, seconds=seconds, min_runs=min_runs, warm_ups=1, device=step.device, head_start=False
@@ -272,7 +275,8 @@ def _profile_step(
     result: dict[str, Any] = {
         "step": asdict(step),
         "parameters": sum(p.numel() for p in alternatives[EAGER].trainer.model.parameters()),
-        "machine": machine(step.device),
+        "flops": step_flops(step.model, step.options, step.batch, step.size),
+        "machine": {**machine(step.device), "flops_per_second": peak},
         "alternatives": {},
         "wrong": wrong,
     }
@@ -281,6 +285,9 @@ def _profile_step(
             **asdict(timings[name]), "loss": losses[name], "phases": alternative.phases(timings[name].runs),
             "memory_format": FORMATS[alternative.memory_format],
         }  # fmt: skip
+        if WAYS[name].dtype is None:
+            mfu = utilisation(result["flops"], timings[name].median, peak)
+            result["alternatives"][name]["mfu"] = mfu
     for name in {baseline(result["alternatives"]), OURS} & right.keys():
         on_stage(f"profiling {name}")
         breakdown = right[name].profiled(PROFILED_STEPS)
