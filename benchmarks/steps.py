@@ -88,9 +88,9 @@ to them in eager PyTorch. What is further off is "wrong" and gets no time.
 
 The losses are those of {CURVE_STEPS} steps, a whole schedule, on crops of photos of
 {CURVE_SIZE}x{CURVE_SIZE}, from one seed. "By rounding" is what moving every weight of eager PyTorch by one
-unit in the last place before every step does, the most that it does in several runs. Ours "follows" where it
-parts from eager PyTorch after at least half as many steps, or at the first by at most {FIRST_MULTIPLE:g} times
-what rounding does to the first loss, and later by at most {NOISE_MULTIPLE:g} times as much.
+unit in the last place before every step does, the most that it does in several runs. Ours "follows" where
+it parts from eager PyTorch after at least half as many steps, or at the first by at most {FIRST_MULTIPLE:g}
+times what rounding does to the first loss, and later by at most {NOISE_MULTIPLE:g} times as much.
 The learning rate is 1e-3 after a warm-up of one step, far above that of published trainings: these steps
 compare implementations, they train nothing."""
 
