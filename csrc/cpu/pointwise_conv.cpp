@@ -271,7 +271,7 @@ Tensor added_up(const Tensor& shares) {
   constexpr int64_t kGrainOfSum = 4096;
   const int64_t weights = shares.size(0), count = shares.size(1), n = shares.size(2);
   if (count == 1) return shares.view({weights, n});
-  const Tensor sums = at::empty({weights, n}, shares.options());
+  const Tensor sums = empty_result({weights, n}, shares.options());
   at::parallel_for(0, weights * n, kGrainOfSum, [&](int64_t begin, int64_t end) {
     T* total = sums.mutable_data_ptr<T>();
     for (int64_t first = begin; first < end;) {  // of one weight
@@ -320,7 +320,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> pointwise_conv_backward(const Te
   const int64_t shares = std::clamp<int64_t>(kElementsOfShares / (outputs * channels), 1, most);
   const int64_t of_weight = results.weight ? outputs * channels : 0;
   const bool wide = weight.scalar_type() == at::kDouble;
-  results.shares = at::empty({of, shares, of_weight + outputs}, weight.options().dtype(wide ? at::kDouble : at::kFloat));
+  results.shares = empty_result({of, shares, of_weight + outputs}, weight.options().dtype(wide ? at::kDouble : at::kFloat));
   with_factors(grad_out.scalar_type(), [&](const auto& factors) {
     backward<std::decay_t<decltype(factors)>>(grad_out, x, weight, pixels, results);
   });
