@@ -86,9 +86,13 @@ struct Problem {
 template <typename T>
 void add_partials(const T* partial, int64_t chunks, T* target, int64_t count) {
   using Vec = at::vec::Vectorized<T>;
-  std::copy_n(partial, count, target);
-  for (int64_t c = 1; c < chunks; ++c)
-    at::vec::map2([](Vec sum, Vec x) { return sum + x; }, target, target, partial + c * count, count);
+  constexpr int64_t kGrain = 1 << 17;  // numbers of all chunks
+  at::parallel_for(0, count, ceil_div(kGrain, chunks), [&](int64_t begin, int64_t end) {
+    std::copy(partial + begin, partial + end, target + begin);
+    for (int64_t c = 1; c < chunks; ++c)
+      at::vec::map2([](Vec sum, Vec x) { return sum + x; }, target + begin, target + begin, partial + c * count + begin,
+                    end - begin);
+  });
 }
 
 // similarity (C x C) and norms (2C) of one head from the Gram matrix and the squared norms (2C) after it.

@@ -21,21 +21,24 @@ using at::Tensor;
 struct Division {
   int64_t pixels, chunk, chunks, tile;
 
-  // Tiles whose pixels are the columns of a product, which takes 48 at a time.
+  // Tiles of matrices of this many rows whose pixels are the columns of a product, which takes 48 at a time.
   static Division of_columns(int64_t pixels, int64_t rows, int64_t groups) {
     constexpr int64_t kElements = 12288, kPanel = 48, kMost = 384;
-    return {pixels, groups, std::clamp<int64_t>(kElements / std::max<int64_t>(rows, 1) / kPanel * kPanel, kPanel, kMost)};
+    return {pixels, rows, groups, std::clamp<int64_t>(kElements / std::max<int64_t>(rows, 1) / kPanel * kPanel, kPanel, kMost)};
   }
-  // Tiles whose pixels are added up: the longer, the less often lanes are.
+  // Tiles whose pixels are added up: the longer, the less often lanes are. Of few pixels shorter ones, for more threads.
   static Division of_sums(int64_t pixels, int64_t rows, int64_t groups) {
-    constexpr uint64_t kElements = 49152, kLeast = 64, kMost = 1024;
-    return {pixels, groups, static_cast<int64_t>(std::clamp(std::bit_floor(kElements / std::max<uint64_t>(rows, 1)), kLeast, kMost))};
+    constexpr uint64_t kElements = 49152, kLeast = 64, kMost = 1024, kFewest = 8;
+    const uint64_t most = std::min(kElements / std::max<uint64_t>(rows, 1), groups * pixels / kFewest);
+    return {pixels, rows, groups, static_cast<int64_t>(std::clamp(std::bit_floor(most), kLeast, kMost))};
   }
 
-  Division(int64_t pixels, int64_t groups, int64_t tile) : pixels(pixels), tile(tile) {
-    constexpr int64_t kTasks = 64, kSmallestChunk = 1024;
-    const int64_t wanted = std::max<int64_t>(1, std::min(kTasks / std::max<int64_t>(groups, 1), pixels / kSmallestChunk));
-    chunk = std::max(tile, ceil_div(ceil_div(pixels, wanted), tile) * tile);
+  Division(int64_t pixels, int64_t rows, int64_t groups, int64_t tile) : pixels(pixels), tile(tile) {
+    // Chunks have 1024 pixels. Of many rows they may have fewer, but as many products as 48 rows of so many.
+    constexpr int64_t kPixels = 1024, kProducts = kPixels * 48 * 48, kMost = 64, kFew = 16;
+    const int64_t most = kMost / std::max<int64_t>(groups, 1), few = kFew / std::max<int64_t>(groups, 1);
+    const int64_t wanted = std::max(pixels / kPixels, std::min(few, pixels * rows * rows / kProducts));
+    chunk = std::max(tile, ceil_div(ceil_div(pixels, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1))), tile) * tile);
     chunks = std::max<int64_t>(1, ceil_div(pixels, chunk));
   }
 
