@@ -73,9 +73,9 @@ On a GPU (`--device cuda`) a step is of {ON_GPU["batch"]} images of {ON_GPU["siz
 and the time of an operator is that of the kernels that it starts.
 
 MFU (model FLOPs utilisation) is the rate of the convolutions and products of the network's definition, three
-times those of forward, as a share of that of a matrix product or a 1x1 convolution, the quicker one, in the
-same run. A step's time multiplied by its MFU is the least that it can take, but for 3x3 convolutions, which
-minimal filtering makes of fewer operations.
+times those of forward, as a share of the highest rate of a matrix product or a 1x1 convolution in any run on
+the machine. A step's time multiplied by its MFU is what they alone take at that rate; of 3x3 convolutions
+minimal filtering makes fewer operations.
 
 A kind has all that its operators call inside, and a gradient counts where the forward operator does that made
 it. Dense convolutions are 3x3; depthwise ones are 3x3 to 7x7; grouped ones have two inputs and one output
@@ -177,6 +177,7 @@ def _step_table(results: list[dict[str, Any]]) -> list[str]:
         "torch.compile", "against torch.compile", "ours, bf16", "against ours", "MFU, ours", "MFU, eager",
     )  # fmt: skip
     lines = _head(columns)
+    peak = max(_peaks(results), default=None)
     for result in results:
         rows, name = result["alternatives"], _name(result["step"])
         eager = baseline(rows)
@@ -188,7 +189,7 @@ def _step_table(results: list[dict[str, Any]]) -> list[str]:
             name, cells[OURS], cells[eager], _ratio(rows, OURS, eager),
             _ratio(rows, OURS, EAGER) if default else "", cells[slower], cells[COMPILED],
             _ratio(rows, OURS, COMPILED), cells[OURS_BF16], _ratio(rows, OURS_BF16, OURS),
-            *(mfu(rows[which]) if which in rows else "" for which in (OURS, eager)),
+            *(mfu(result, which, peak) for which in (OURS, eager)),
         ))  # fmt: skip
     measured = {_name(result["step"]) for result in results}
     on_gpu = ({**asdict(STEPS[0]), **ON_GPU, "model": model} for model in list_models())
@@ -200,7 +201,14 @@ def _step_table(results: list[dict[str, Any]]) -> list[str]:
         for result in results
         for which, why in result["wrong"].items()
     ]
-    return [*lines, *(["", *wrong] if wrong else [])]
+    of_peak = [f"MFU is of {peak / 1e9:,.0f} GFLOP/s."] if peak else []
+    return [line for part in (lines, of_peak, wrong) if part for line in ("", *part)][1:]
+
+
+def _peaks(results: list[dict[str, Any]]) -> list[float]:
+    """What the machine multiplied at in the runs, where it was measured."""
+    peaks = (result["machine"].get("flops_per_second") for result in results)
+    return [peak for peak in peaks if peak is not None]
 
 
 def _ratio(rows: dict[str, Any], quick: str, slow: str) -> str:

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from restore_nets import figures
 from restore_nets.attribution import KINDS
-from restore_nets.profiling import PROFILED_STEPS, baseline
+from restore_nets.flops import utilisation
+from restore_nets.profiling import PROFILED_STEPS, WAYS, baseline
 from restore_nets.training import PHASES
 
 MODULES, OPERATORS = 14, 18  # rows of the tables: the largest
@@ -65,16 +66,20 @@ def _steps(result: Result) -> Rows:
         )
         rows.append((
             name, f"{_ms(row['median'])} ({_ms(row['p20'])} to {_ms(row['p80'])})",
-            f"{eager / row['median']:.2f}x", mfu(row), *phases, memory(row), f"{row['loss']:.6f}",
+            f"{eager / row['median']:.2f}x", mfu(result, name), *phases, memory(row), f"{row['loss']:.6f}",
         ))  # fmt: skip
     rows += [(name, f"wrong: {why}", *[""] * 8) for name, why in result["wrong"].items()]
     columns = ("", "ms a step (p20 to p80)", "against eager", "MFU", *(f"{phase}, ms" for phase in PHASES))
     return Rows("Steps", (*columns, "peak memory", "loss"), rows)
 
 
-def mfu(row: dict[str, Any]) -> str:
-    """Of an alternative; of one in another precision, and in older results, there is none."""
-    return f"{row['mfu']:.0%}" if "mfu" in row else ""
+def mfu(result: Result, which: str, peak: float | None = None) -> str:
+    """Model FLOPs utilisation of an alternative, if it is known; ``peak`` instead of the result's own."""
+    peak = peak or result["machine"].get("flops_per_second")
+    known = peak is not None and "flops" in result and which in result["alternatives"]
+    if peak is None or not known or WAYS[which].dtype is not None:
+        return ""
+    return f"{utilisation(result['flops'], result['alternatives'][which]['median'], peak):.0%}"
 
 
 def memory(row: dict[str, Any]) -> str:
@@ -147,14 +152,18 @@ def notes(result: Result) -> list[str]:
     quicker = baseline(result["alternatives"])
     profiled = (f"{name} {_ms(breakdown['seconds'])} ms" for name, breakdown in _breakdowns(result).items())
     of_kernels = " (all times of kernels added up)" if result["machine"]["gpu"] else ""
+    peak = result["machine"]["flops_per_second"]
+    of_peak = [
+        f"MFU: the rate of the {result['flops'] / 1e9:,.1f} GFLOP that the convolutions and products of the "
+        "network's definition are, as a share of that of a matrix product or a 1x1 convolution, the quicker "
+        f"one: {peak / 1e9:,.0f} GFLOP/s."
+    ] if peak else []  # fmt: skip
     return [
         f"Alternatives take turns in one process; medians, compared with {quicker}. Kinds, modules "
         f"and operators are from the quickest of {PROFILED_STEPS} steps under the profiler{of_kernels}: "
         f"{', '.join(profiled)}.",
-        f"MFU: the rate of the {result['flops'] / 1e9:,.1f} GFLOP that the convolutions and products of the "
-        "network's definition are, as a share of that of a matrix product or a 1x1 convolution, the quicker "
-        f"one: {result['machine']['flops_per_second'] / 1e9:,.0f} GFLOP/s.",
         "Peak memory is what a step holds at its peak beyond weights, gradients and the optimizer's state.",
+        *of_peak,
     ]
 
 

@@ -17,15 +17,30 @@ from restore_kernels.profiling.measure import interleave
 
 
 def ceilings(device: str, dtype: torch.dtype, seconds: float = 2.0) -> dict[str, float]:
-    """Measured copy bandwidth (bytes read plus written, per second) and matrix FLOP/s in this dtype.
-
-    The products are PyTorch's matrix product and a 1x1 convolution of ours; the quicker one counts, since
-    PyTorch's library leaves half of the vector units idle on some processors.
-    """
+    """Measured copy bandwidth (bytes read plus written, per second) and ``peak_flops`` in this dtype."""
     gpu = torch.device(device).type == "cuda"
     source = torch.randn((1 << 30) if gpu else (1 << 26), device=device)
     target = torch.empty_like(source)
     size = 8192 if gpu else 2048
+    products = _products(device, dtype, size)
+    timings = interleave({"copy": lambda: target.copy_(source), **products}, seconds=seconds, device=device)
+    return {
+        "copy_bytes_per_second": 2 * source.nbytes / timings["copy"].p20,
+        "flops_per_second": 2 * size**3 / min(timings[name].p20 for name in products),
+    }
+
+
+def peak_flops(device: str, dtype: torch.dtype, size: int, seconds: float) -> float:
+    """Measured FLOP/s of products of (size, size) matrices.
+
+    They are PyTorch's matrix product and a 1x1 convolution of ours; the quicker one counts, since PyTorch's
+    library leaves half of the vector units idle on some processors.
+    """
+    timings = interleave(_products(device, dtype, size), seconds=seconds, device=device)
+    return 2 * size**3 / min(timing.p20 for timing in timings.values())
+
+
+def _products(device: str, dtype: torch.dtype, size: int) -> dict[str, Callable[[], object]]:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     image, weight = b.view(1, size, -1, 64), a.view(size, size, 1, 1)
     products: dict[str, Callable[[], object]] = {"product": lambda: a @ b}
@@ -34,11 +49,7 @@ def ceilings(device: str, dtype: torch.dtype, seconds: float = 2.0) -> dict[str,
         products["convolution"] = lambda: pointwise_conv2d(image, weight)
     except Exception:  # it is among what is to be measured, and may fail
         pass
-    timings = interleave({"copy": lambda: target.copy_(source), **products}, seconds=seconds, device=device)
-    return {
-        "copy_bytes_per_second": 2 * source.nbytes / timings["copy"].p20,
-        "flops_per_second": 2 * size**3 / min(timings[name].p20 for name in products),
-    }
+    return products
 
 
 def machine(device: str) -> dict[str, Any]:
