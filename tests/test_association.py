@@ -12,6 +12,7 @@ import restore_kernels
 from restore_kernels.nn import MultiDconvAttention
 from restore_nets import create_model, load_model, save_checkpoint
 from restore_nets.models.association import AssociationNetwork, DegradationMask
+from restore_nets.models.multi_scale import Quadruple, Quarter
 from restore_nets.models.subtasks import TwoTaskNetwork, half_size
 from restore_nets.models.tokens import TokenAttention, TokenBranch
 
@@ -209,3 +210,14 @@ def test_association_learns_to_remove_streaks_and_where_they_are():
         mask = network.degradation_mask(streaked)
     # Streaks lie on every eighth column; the fourth one from each is far from all.
     assert mask[..., ::8].mean() > mask[..., 4::8].mean() + 0.2
+
+
+@pytest.mark.parametrize(("module", "factor"), [(Quadruple(), 4.0), (Quarter(), 0.25)], ids=["4", "1/4"])
+@pytest.mark.parametrize("size", [(4, 4), (4, 8), (12, 20)], ids=str)
+def test_resizing_by_four_is_bilinear(module, factor, size):
+    """Compiled, too, where it is made of other operations."""
+    torch.compiler.reset()
+    x = image(2, 3, *size, dtype=torch.float64)
+    expected = F.interpolate(x, scale_factor=factor, mode="bilinear")
+    for resize in (module, torch.compile(module, backend="eager", fullgraph=True)):
+        torch.testing.assert_close(resize(x), expected)

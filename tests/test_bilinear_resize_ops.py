@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import bilinear_resize_contract as contract
 import conformance
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_problems import DTYPES, INTERPRETED
 from bilinear_resize_problems import BACKENDS, FUSED, Case, build, each
 from torch import Tensor, nn
@@ -208,3 +211,11 @@ def test_compiled_eager_halves_odd_sizes(size):
 
     own, compiled = (torch.autograd.grad(f(x), x)[0] for f in (loss, torch.compile(loss, fullgraph=True)))
     torch.testing.assert_close(compiled, own)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 3), (7, 4)], ids=str)
+def test_eager_doubles_alike_when_it_is_compiled(size):
+    torch.compiler.reset()
+    x = randn(2, 3, *size, dtype=torch.float64)
+    compiled = torch.compile(partial(bilinear_resize, scale_factor=2, backend="eager"), backend="eager")
+    torch.testing.assert_close(compiled(x), F.interpolate(x, scale_factor=2.0, mode="bilinear"))

@@ -239,3 +239,13 @@ def test_results_are_bitwise_reproducible(backend, case):
         shape = (2, 2, 48, 600) if case.layout == "channel" else (1, 2, 300, 200, 16, 16)
         case = replace(case, shape=shape)
     assert_reproducible(build(case), backend)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU library is not built")
+@pytest.mark.parametrize("shape", [(1, 4, 48, 1024), (1, 1, 192, 500), (3, 2, 96, 256)], ids=str)
+def test_few_pixels_of_many_channels(shape):
+    """They are shared out among threads in shorter pieces."""
+    heads, channels = shape[1:3]
+    problem = build(Case("channel", shape, (channels // 2, None), out_proj=heads * channels))
+    assert_conforms(problem, "cpu")
+    assert_reproducible(problem, "cpu")

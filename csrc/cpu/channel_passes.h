@@ -240,7 +240,9 @@ Gradients backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& q,
     add_partials(partials.get() + group * division.chunks * size, division.chunks, target + group * size, size);
   };
   if (p.out_proj) {
-    for (int64_t b = 0; b < p.batch; ++b) add(b, grad_folded.get());
+    at::parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) add(b, grad_folded.get());
+    });
     unfold<T>(p, grad_folded.get(), projection.get(), mixture.get(), grad_mixture.get(), grad_out_proj.mutable_data_ptr<T>());
   }
   Scratch<T> e(heads * p.square()), diagonals(heads * 2 * C);

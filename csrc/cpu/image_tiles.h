@@ -26,20 +26,26 @@ struct Division {
     constexpr int64_t kElements = 12288, kPanel = 48, kMost = 384;
     return {pixels, rows, groups, std::clamp<int64_t>(kElements / std::max<int64_t>(rows, 1) / kPanel * kPanel, kPanel, kMost)};
   }
-  // Tiles whose pixels are added up: the longer, the less often lanes are. Of few pixels shorter ones, for more threads.
+  // Tiles whose pixels are added up: the longer, the less often lanes are.
   static Division of_sums(int64_t pixels, int64_t rows, int64_t groups) {
-    constexpr uint64_t kElements = 49152, kLeast = 64, kMost = 1024, kFewest = 8;
-    const uint64_t most = std::min(kElements / std::max<uint64_t>(rows, 1), groups * pixels / kFewest);
-    return {pixels, rows, groups, static_cast<int64_t>(std::clamp(std::bit_floor(most), kLeast, kMost))};
+    constexpr uint64_t kElements = 49152, kLeast = 64, kMost = 1024;
+    const uint64_t most = std::bit_floor(kElements / std::max<uint64_t>(rows, 1));
+    const uint64_t of_chunk = std::bit_ceil<uint64_t>(ceil_div(pixels, wanted_chunks(pixels, rows, groups)));
+    return {pixels, rows, groups, static_cast<int64_t>(std::clamp(std::min(most, of_chunk), kLeast, kMost))};
   }
 
   Division(int64_t pixels, int64_t rows, int64_t groups, int64_t tile) : pixels(pixels), tile(tile) {
-    // Chunks have 1024 pixels. Of many rows they may have fewer, but as many products as 48 rows of so many.
-    constexpr int64_t kPixels = 1024, kProducts = kPixels * 48 * 48, kMost = 64, kFew = 16;
+    chunk = std::max(tile, ceil_div(ceil_div(pixels, wanted_chunks(pixels, rows, groups)), tile) * tile);
+    chunks = std::max<int64_t>(1, ceil_div(pixels, chunk));
+  }
+
+  // As many as leave each 1024 pixels, or, of many rows, fewer pixels but as many products as 48 rows of 1024 have: but no
+  // more tasks than share out the work.
+  static int64_t wanted_chunks(int64_t pixels, int64_t rows, int64_t groups) {
+    constexpr int64_t kPixels = 1024, kProducts = kPixels * 48 * 48, kMost = 64, kFew = 8;
     const int64_t most = kMost / std::max<int64_t>(groups, 1), few = kFew / std::max<int64_t>(groups, 1);
     const int64_t wanted = std::max(pixels / kPixels, std::min(few, pixels * rows * rows / kProducts));
-    chunk = std::max(tile, ceil_div(ceil_div(pixels, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1))), tile) * tile);
-    chunks = std::max<int64_t>(1, ceil_div(pixels, chunk));
+    return std::max<int64_t>(1, std::min(most, wanted));
   }
 
   // How many pixels the tile after the one at n has.
