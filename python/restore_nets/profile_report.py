@@ -76,10 +76,10 @@ def _steps(result: Result) -> Rows:
 def mfu(result: Result, which: str, peak: float | None = None) -> str:
     """Model FLOPs utilisation of an alternative, if it is known; ``peak`` instead of the result's own."""
     peak = peak or result["machine"].get("flops_per_second")
-    known = peak is not None and "flops" in result and which in result["alternatives"]
-    if peak is None or not known or WAYS[which].dtype is not None:
+    row = result["alternatives"].get(which)
+    if peak is None or row is None or "flops" not in result or WAYS[which].dtype is not None:
         return ""
-    return f"{utilisation(result['flops'], result['alternatives'][which]['median'], peak):.0%}"
+    return f"{utilisation(result['flops'], row['median'], peak):.0%}"
 
 
 def memory(row: dict[str, Any]) -> str:
