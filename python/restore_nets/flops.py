@@ -11,9 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import restore_kernels
 from restore_nets.models import create_model
 
-STEP_PER_FORWARD = (
-    3  # backward makes two products, of the input's and of the weight's gradient, for one of forward
-)
+# For a product of forward backward makes two: the gradients of its input and of its weight.
+STEP_PER_FORWARD = 3
 
 
 def step_flops(model: str, options: Mapping[str, Any], batch: int, size: int) -> int:

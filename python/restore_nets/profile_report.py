@@ -152,18 +152,23 @@ def notes(result: Result) -> list[str]:
     quicker = baseline(result["alternatives"])
     profiled = (f"{name} {_ms(breakdown['seconds'])} ms" for name, breakdown in _breakdowns(result).items())
     of_kernels = " (all times of kernels added up)" if result["machine"]["gpu"] else ""
-    peak = result["machine"]["flops_per_second"]
-    of_peak = [
-        f"MFU: the rate of the {result['flops'] / 1e9:,.1f} GFLOP that the convolutions and products of the "
-        "network's definition are, as a share of that of a matrix product or a 1x1 convolution, the quicker "
-        f"one: {peak / 1e9:,.0f} GFLOP/s."
-    ] if peak else []  # fmt: skip
     return [
         f"Alternatives take turns in one process; medians, compared with {quicker}. Kinds, modules "
         f"and operators are from the quickest of {PROFILED_STEPS} steps under the profiler{of_kernels}: "
         f"{', '.join(profiled)}.",
         "Peak memory is what a step holds at its peak beyond weights, gradients and the optimizer's state.",
-        *of_peak,
+        *_of_utilisation(result),
+    ]
+
+
+def _of_utilisation(result: Result) -> list[str]:
+    peak = result["machine"]["flops_per_second"]
+    if peak is None:
+        return []
+    return [
+        f"MFU: the rate of the {result['flops'] / 1e9:,.1f} GFLOP that the convolutions and products of the "
+        "network's definition are, as a share of that of a matrix product or a 1x1 convolution, the quicker "
+        f"one: {peak / 1e9:,.0f} GFLOP/s."
     ]
 
 
