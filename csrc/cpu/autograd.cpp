@@ -24,19 +24,39 @@ auto find(const char* name) {
 
 at::ScalarType accumulate_type(const Tensor& q) { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
+Tensor in_type(const Tensor& x, at::ScalarType type) { return x.scalar_type() == type ? x : x.to(type); }
+
+// x broadcast to `sizes`, of which the result has the first `dims`; of the others x has one element. A view that nobody
+// watches, so it need not be told to anybody: with cold caches the dispatcher takes longer than the kernel that reads it.
+Tensor broadcast(const Tensor& x, at::IntArrayRef sizes, size_t dims) {
+  c10::SmallVector<int64_t, 4> strides(dims, 0);
+  for (int64_t i = 1, n = static_cast<int64_t>(sizes.size()); i <= x.dim(); ++i)
+    if (n - i < static_cast<int64_t>(dims) && x.size(-i) != 1) strides[n - i] = x.stride(-i);
+  auto view = x.unsafeGetTensorImpl()->shallow_copy_and_detach(c10::VariableVersion(0), true);
+  view->set_sizes_and_strides(sizes.slice(0, dims), strides);
+  return Tensor(std::move(view));
+}
+
 // A temperature broadcastable to (B, H, 1, 1) as (B, H).
 Tensor per_head(const Tensor& temperature, const Tensor& q) {
-  return temperature.to(accumulate_type(q)).expand({q.size(0), q.size(1), 1, 1}).view({q.size(0), q.size(1)});
+  return broadcast(in_type(temperature, accumulate_type(q)), {q.size(0), q.size(1), 1, 1}, 2);
 }
 
 Tensor per_branch(const Tensor& weights, const Tensor& q, size_t branches) {
-  return weights.to(accumulate_type(q)).expand({q.size(0), q.size(1), static_cast<int64_t>(branches)});
+  return broadcast(in_type(weights, accumulate_type(q)), {q.size(0), q.size(1), static_cast<int64_t>(branches)}, 3);
+}
+
+// A mask broadcastable to (B, H, C, N) as (B, H, C or 1, N).
+OptionalTensor per_pixel(const Tensor& mask, const Tensor& q) {
+  if (!mask.defined()) return std::nullopt;
+  const int64_t rows = mask.dim() > 1 ? mask.size(-2) : 1;
+  return broadcast(in_type(mask, accumulate_type(q)), {q.size(0), q.size(1), rows, q.size(3)}, 4);
 }
 
 // The gradient of x from that of x broadcast to `sizes`.
 Tensor sum_to(const Tensor& grad, at::IntArrayRef sizes, const Tensor& x) {
-  const Tensor summed = grad.numel() == x.numel() ? grad.view(x.sizes()) : at::sum_to(grad.view(sizes), x.sizes());
-  return summed.to(x.scalar_type());
+  if (grad.numel() == x.numel()) return in_type(grad.sizes() == x.sizes() ? grad : grad.view(x.sizes()), x.scalar_type());
+  return in_type(at::sum_to(grad.view(sizes), x.sizes()), x.scalar_type());
 }
 
 Tensor temperature_gradient(const Tensor& grad, const Tensor& temperature) {
@@ -85,7 +105,7 @@ struct ChannelTopK : torch::autograd::Function<ChannelTopK> {
       return op.call(grad_out[0], x[0], x[1], x[2], per_head(x[3], x[0]), per_branch(x[4], x[0], topk.size()),
                      optional(x[5]), x[6], x[7], topk, ctx->saved_data["normalize"].toBool());
     }();
-    const Tensor projection = x[5].defined() ? out_proj.to(x[5].scalar_type()) : Tensor();
+    const Tensor projection = x[5].defined() ? in_type(out_proj, x[5].scalar_type()) : Tensor();
     return once("topk_attention", {q, k, v, temperature_gradient(temperature, x[3]),
                                    sum_to(weights, weights.sizes(), x[4]), projection, Tensor(), Tensor()});
   }
@@ -135,7 +155,7 @@ struct ChannelMasked : torch::autograd::Function<ChannelMasked> {
                         const Tensor& temperature, const OptionalTensor& out_proj, bool normalize) {
     static const auto op = find<Forward>("restore_kernels::masked_attention_channel");
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, similarity, norms] = op.call(q, k, v, mask, per_head(temperature, q), out_proj, normalize);
+    auto [out, similarity, norms] = op.call(q, k, v, per_pixel(defined_if(mask), q), per_head(temperature, q), out_proj, normalize);
     ctx->save_for_backward({q, k, v, defined_if(mask), temperature, defined_if(out_proj), similarity, norms});
     ctx->saved_data["normalize"] = normalize;
     return out;
@@ -146,11 +166,12 @@ struct ChannelMasked : torch::autograd::Function<ChannelMasked> {
     const auto x = ctx->get_saved_variables();
     auto [q, k, v, mask, temperature, out_proj] = [&] {
       at::AutoDispatchBelowADInplaceOrView guard;
-      return op.call(grad_out[0], x[0], x[1], x[2], optional(x[3]), per_head(x[4], x[0]), optional(x[5]), x[6], x[7],
+      return op.call(grad_out[0], x[0], x[1], x[2], per_pixel(x[3], x[0]), per_head(x[4], x[0]), optional(x[5]), x[6], x[7],
                      ctx->saved_data["normalize"].toBool());
     }();
-    const Tensor projection = x[5].defined() ? out_proj.to(x[5].scalar_type()) : Tensor();
-    return once("masked_attention", {q, k, v, x[3].defined() ? mask : Tensor(), temperature_gradient(temperature, x[4]),
+    const Tensor projection = x[5].defined() ? in_type(out_proj, x[5].scalar_type()) : Tensor();
+    const Tensor of_mask = x[3].defined() ? sum_to(mask, mask.sizes(), x[3]) : Tensor();
+    return once("masked_attention", {q, k, v, of_mask, temperature_gradient(temperature, x[4]),
                                      projection, Tensor()});
   }
 };

@@ -261,13 +261,8 @@ Result masked_attention_call(handle q, handle k, handle v, handle mask, handle t
   if (!given && !mask.is_none()) return std::nullopt;
   if (given && !broadcasts(*given, call.q.sizes())) return std::nullopt;
   const py::gil_scoped_release release;
-  OptionalTensor expanded;
-  if (given) {
-    const int64_t rows = given->dim() > 1 ? given->size(-2) : 1;
-    expanded = given->to(c10::typeMetaToScalarType(call.working_options().dtype()))
-                   .expand({call.q.size(0), call.q.size(1), rows, call.q.size(3)});
-  }
-  return channel_masked(call.q, call.k, call.v, expanded, call.temperature, call.out_proj, call.normalize);
+  return channel_masked(call.q, call.k, call.v, given ? OptionalTensor(*given) : std::nullopt, call.temperature, call.out_proj,
+                        call.normalize);
 }
 
 }  // namespace restore_kernels

@@ -1,6 +1,5 @@
 // Attention between channels on the CPU, for every dtype: top-k attention, and masked attention, which is one dense
 // branch whose keys and values pass a gate.
-#include <ATen/ops/ones.h>
 #include <torch/library.h>
 
 #include "channel_passes.h"
@@ -13,7 +12,7 @@ using namespace channel;
 
 std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, const Tensor& temperature,
-    const Tensor& weights, const OptionalTensor& out_proj, at::IntArrayRef topk, bool normalize) {
+    const OptionalTensor& weights, const OptionalTensor& out_proj, at::IntArrayRef topk, bool normalize) {
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "channel_attention", [&] {
     using T = Accumulate<scalar_t>;
     return forward<scalar_t, T>(Problem<T>(q, mask, temperature, weights, out_proj, topk, normalize), q, k, v);
@@ -21,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
 }
 
 Gradients backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
-                   const Tensor& temperature, const Tensor& weights, const OptionalTensor& out_proj,
+                   const Tensor& temperature, const OptionalTensor& weights, const OptionalTensor& out_proj,
                    const Tensor& similarity, const Tensor& norms, at::IntArrayRef topk, bool normalize) {
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "channel_attention_backward", [&] {
     using T = Accumulate<scalar_t>;
@@ -45,15 +44,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_attention_channe
   return {grad_q, grad_k, grad_v, grad_temperature, grad_weights, grad_out_proj};
 }
 
-// The weight of the only branch, as the weights (B, H, 1) of top-k attention.
-Tensor one_branch(const Tensor& temperature) {
-  return at::ones({1}, temperature.options()).expand({temperature.size(0), temperature.size(1), 1});
-}
-
 std::tuple<Tensor, Tensor, Tensor> masked_attention_channel(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, const Tensor& temperature,
     const OptionalTensor& out_proj, bool normalize) {
-  return forward(q, k, v, mask, temperature, one_branch(temperature), out_proj, q.size(2), normalize);
+  return forward(q, k, v, mask, temperature, {}, out_proj, q.size(2), normalize);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention_channel_backward(
@@ -61,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention_chan
     const Tensor& temperature, const OptionalTensor& out_proj, const Tensor& similarity, const Tensor& norms,
     bool normalize) {
   auto [grad_q, grad_k, grad_v, grad_mask, grad_temperature, grad_weights, grad_out_proj] =
-      backward(grad_out, q, k, v, mask, temperature, one_branch(temperature), out_proj, similarity, norms, q.size(2),
+      backward(grad_out, q, k, v, mask, temperature, {}, out_proj, similarity, norms, q.size(2),
                normalize);
   return {grad_q, grad_k, grad_v, grad_mask, grad_temperature, grad_out_proj};
 }

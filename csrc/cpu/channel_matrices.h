@@ -30,11 +30,12 @@ template <typename T>
 struct Problem {
   int64_t batch, heads, channels, pixels, branches;
   std::vector<int64_t> topk;
-  const Tensor &temperature, &weights;
+  const Tensor& temperature;
+  const OptionalTensor weights;  // none of a single branch whose weight is 1
   const OptionalTensor out_proj, mask;
   bool normalize;
 
-  Problem(const Tensor& q, const OptionalTensor& mask, const Tensor& temperature, const Tensor& weights,
+  Problem(const Tensor& q, const OptionalTensor& mask, const Tensor& temperature, const OptionalTensor& weights,
           const OptionalTensor& out_proj, c10::ArrayRef<int64_t> topk, bool normalize)
       : batch(q.size(0)), heads(q.size(1)), channels(q.size(2)), pixels(q.size(3)),
         branches(static_cast<int64_t>(topk.size())), topk(topk.vec()), temperature(temperature), weights(weights),
@@ -47,12 +48,16 @@ struct Problem {
   int64_t batch_of(int64_t group) const { return out_proj ? group : group / heads; }
   int64_t head_of(int64_t group) const { return out_proj ? 0 : group % heads; }
   int64_t square() const { return channels * channels; }
+  // So many heads' small matrices are worth a thread.
+  int64_t heads_together() const { return ceil_div(4096, square() * branches); }
 
   T scale(int64_t bh) const {
     return temperature.const_data_ptr<T>()[bh / heads * temperature.stride(0) + bh % heads * temperature.stride(1)];
   }
   const T* branch_weights(int64_t bh) const {
-    return weights.const_data_ptr<T>() + bh / heads * weights.stride(0) + bh % heads * weights.stride(1);
+    static constexpr T kOne = 1;
+    if (!weights) return &kOne;
+    return weights->const_data_ptr<T>() + bh / heads * weights->stride(0) + bh % heads * weights->stride(1);
   }
 
   int64_t row_size() const { return RowMixture<T>::size(channels, topk); }
@@ -61,7 +66,7 @@ struct Problem {
   void mix(int64_t bh, const T* similarity, T* rows, T* mixture) const {
     for (int64_t i = 0; i < channels; ++i) {
       RowMixture<T> row(channels, topk, rows + i * row_size());
-      row.set(similarity + i * channels, scale(bh), branch_weights(bh), weights.stride(2));
+      row.set(similarity + i * channels, scale(bh), branch_weights(bh), weights ? weights->stride(2) : 0);
       row.mixture(mixture + i * channels);
     }
   }

@@ -1,15 +1,17 @@
 // The passes of attention between channels over the pixels.
 //
 // Schedule. The pixels of every image are cut into chunks that threads own; a chunk is walked in
-// tiles that stay in the L2 cache, packed (tile_io.h), converted to the accumulation type, and gated.
+// tiles that stay in the L2 cache. Rows of the accumulation type are read where they lie, others are
+// converted first (tile_io.h); the first block of a product packs and gates what it reads for the
+// others, and takes the squares (gate.h), beside its multiply-adds.
 //   forward   1. chunks: Gram matrix q kᵀ and squared norms, partial sums per chunk
 //             2. per head: add the partials in order, normalise, rank, mix the branches: P (C x C);
 //                with an output projection W: M = W blockdiag(P) (C_out x HC)
 //             3. chunks: out = P v, or M v
-//   backward  1. chunks: dM = do vᵀ (partials) and dv = Mᵀ do
+//   backward  1. chunks: dv = Mᵀ do and dM = do vᵀ (partials)
 //             2. per head: dP, through the branches to dS; the products with the norms become
 //                E = D_q dA D_k and the diagonals -rowsum(dA∘A)/|q|², -colsum(dA∘A)/|k|²
-//             3. chunks: dq = E k + diag q, dk = Eᵀ q + diag k
+//             3. chunks: dk = Eᵀ q + diag k, dq = E k + diag q
 // Moves q, k, v in and out once forward, and do, v, q, k in and dq, dk, dv out once backward; nothing
 // else grows with N but the mask and its gradient. 2·2·C²·N operations per head forward, 2·4·C²·N
 // backward: with C = 48 that is 12 and 14 operations per byte, so on a core with 30 GFLOP/s for every
@@ -52,13 +54,35 @@ Image<S> output_of(const Problem<T>& p, const Tensor& x, int64_t group) {
   return p.out_proj ? projected<S>(x, group) : one_head<S>(x, group / p.heads, group % p.heads);
 }
 
+// The transposed of `count` matrices (rows x columns) one after the other: of the first factor of a product, its columns.
+template <typename T>
+Scratch<T> transposed(const T* matrices, int64_t count, int64_t rows, int64_t columns) {
+  Scratch<T> result(count * rows * columns);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = i * rows * columns;
+    copy_tile<T, T>(Matrix<const T>{matrices + first, columns}, Matrix<T>{result.get() + first, 1, rows}, rows, columns);
+  }
+  return result;
+}
+
+// Columns of a product that are in hand at a time, packed.
+template <typename T>
+constexpr int64_t kPanel = gemm::kVectors * at::vec::Vectorized<T>::size();
+template <typename T>
+Matrix<T> in_hand(const Scratch<T>& panel) {
+  return {panel.get(), kPanel<T>, 0};
+}
+
 // Per chunk: Gram matrix (C x C), then squared norms of q and of the gated k (2C).
 template <typename S, typename T>
 void gram_and_squares(const Problem<T>& p, const Division& division, const Tensor& q, const Tensor& k, T* partials) {
-  const int64_t C = p.channels, size = C * C + 2 * C, lanes = C * at::vec::Vectorized<T>::size();
+  using Vec = at::vec::Vectorized<T>;
+  const int64_t C = p.channels, size = C * C + 2 * C, lanes = C * Vec::size();
   at::parallel_for(0, p.batch * p.heads * division.chunks, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> q_tile(C * pitch(division.tile)), k_tile(C * pitch(division.tile)), squares(2 * lanes);
-    Gate<T> gate(p.mask, C, division.tile);
+    const int64_t row = pitch(division.tile);
+    Scratch<T> q_scratch(C * row), k_scratch(C * row), squares(2 * lanes);
+    const Matrix<T> q_tile{q_scratch.get(), row}, k_tile{k_scratch.get(), row};
+    Gate<T> gate(p.mask, 1, C, division.tile);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t bh = task / division.chunks, b = bh / p.heads, h = bh % p.heads;
       const auto q_image = one_head<const S>(q, b, h), k_image = one_head<const S>(k, b, h);
@@ -66,16 +90,22 @@ void gram_and_squares(const Problem<T>& p, const Division& division, const Tenso
       std::fill_n(gram, size, T(0));
       std::fill_n(squares.get(), 2 * lanes, T(0));
       division.tiles(task % division.chunks, [&](int64_t n, int64_t count) {
-        const Matrix<const T> q_rows = read_rows<S, T>(q_image, n, count, {q_tile.get(), pitch(division.tile)});
-        gate.load(b, h, 1, n, count);
-        const Matrix<const T> k_rows = read_gated_rows<S, T>(k_image, gate, n, count, {k_tile.get(), pitch(division.tile)});
-        auto next_q = prefetch(q_image, n + count, division.after(n));
-        auto next_k = prefetch(k_image, n + count, division.after(n));
-        if (p.normalize) {
-          add_lane_squares<T>(q_rows, squares.get(), C, count);
-          add_lane_squares<T>(k_rows, squares.get() + lanes, C, count);
-        }
-        multiply_rows<T>(q_rows, k_rows, {gram, C}, C, C, count, {next_q, next_k});
+        gate.load(b, h, n, count);
+        const bool gated = gate.rows();
+        const Matrix<const T> q_rows = read_rows<S, T>(q_image, n, count, q_tile);
+        const Matrix<const T> ungated = gated ? read_rows_once<S, T>(k_image, n, count, k_tile)
+                                              : read_rows<S, T>(k_image, n, count, k_tile);
+        const auto before_rows = [&](int64_t i, int64_t more) {
+          if (p.normalize) add_lane_squares<T>(q_rows.from(i, 0), squares.get() + i * Vec::size(), more, count);
+        };
+        T* k_squares = squares.get() + lanes;
+        const Prefetches next{prefetch(q_image, n + count, division.after(n)), prefetch(k_image, n + count, division.after(n))};
+        if (gated)
+          multiply_rows<T>(q_rows, FirstRead<T, true>{ungated, gate.rows(), k_tile, k_squares}, k_tile, {gram, C}, C, C, count,
+                           next, before_rows);
+        else
+          multiply_rows<T>(q_rows, FirstRead<T, false>{ungated, nullptr, k_tile, k_squares}, ungated, {gram, C}, C, C, count,
+                           next, before_rows);
       });
       fold_lanes(squares.get(), gram + C * C, 2 * C);
     }
@@ -87,8 +117,8 @@ template <typename S, typename T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Problem<T>& p, const Tensor& q, const Tensor& k, const Tensor& v) {
   const int64_t C = p.channels, heads = p.batch * p.heads, in = p.rows_in(), rows_out = p.rows_out();
   const auto options = q.options().dtype(c10::CppTypeToScalarType<T>::value);
-  const Tensor similarity = at::empty({p.batch, p.heads, C, C}, options);
-  const Tensor norms = at::empty({p.batch, p.heads, 2, C}, options);
+  const Tensor similarity = empty_result({p.batch, p.heads, C, C}, options);
+  const Tensor norms = empty_result({p.batch, p.heads, 2, C}, options);
   T *similarities = similarity.mutable_data_ptr<T>(), *all_norms = norms.mutable_data_ptr<T>();
 
   const Division gram_division = Division::of_sums(p.pixels, C, heads);
@@ -97,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem<T>& p, const Tensor& q,
   Scratch<T> projection(p.out_proj ? rows_out * in : 0), folded(p.out_proj ? p.batch * rows_out * in : 0);
   gram_and_squares<S, T>(p, gram_division, q, k, partials.get());
   if (p.out_proj) p.load_projection(projection.get());
-  at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, heads, p.heads_together(), [&](int64_t begin, int64_t end) {
     Scratch<T> gram(partial_size), rows(C * p.row_size());
     for (int64_t bh = begin; bh < end; ++bh) {
       T *own_similarity = similarities + bh * p.square(), *own_mixture = mixture.get() + bh * p.square();
@@ -107,25 +137,27 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem<T>& p, const Tensor& q,
       if (p.out_proj) p.fold(bh, own_mixture, projection.get(), folded.get());
     }
   });
-  const T* matrix = p.out_proj ? folded.get() : mixture.get();
+  const Scratch<T> matrix = transposed(p.out_proj ? folded.get() : mixture.get(), p.groups(), rows_out, in);
 
   const Tensor out = p.out_proj ? empty_like_rows(v, {rows_out}) : empty_like_rows(v, {p.heads, C});
   const Division division = Division::of_columns(p.pixels, std::max(in, rows_out), p.groups());
   at::parallel_for(0, p.groups() * division.chunks, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> v_tile(in * division.tile), out_tile(rows_out * division.tile);
-    Gate<T> gate(p.mask, in, division.tile);
+    Scratch<T> v_scratch(in * division.tile), out_scratch(rows_out * division.tile), panel(in * kPanel<T>);
+    const Matrix<T> v_tile{v_scratch.get(), division.tile}, out_tile{out_scratch.get(), division.tile};
+    Gate<T> gate(p.mask, in / C, C, division.tile);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / division.chunks;
       const auto v_image = group_of<const S>(p, v, group);
       const auto out_image = output_of<S>(p, out, group);
+      const gemm::Columns<const T> own{matrix.get() + group * rows_out * in, rows_out};
       division.tiles(task % division.chunks, [&](int64_t n, int64_t count) {
-        const Matrix<T> source{v_tile.get(), division.tile}, scratch{out_tile.get(), division.tile};
-        gate.load(p.batch_of(group), p.head_of(group), v_image.heads, n, count);
-        load_gated_rows<S, T>(v_image, gate, n, count, source);
+        const Matrix<const T> v_rows = read_rows_once<S, T>(v_image, n, count, v_tile);
+        gate.load(p.batch_of(group), p.head_of(group), n, count);
         auto next_v = prefetch(v_image, n + count, division.after(n));
         auto next_out = prefetch_for_writing(out_image, n + count, division.after(n));
-        write_rows<S, T>(out_image, n, count, scratch, [&](Matrix<T> target) {
-          multiply<T>({matrix + group * rows_out * in, in}, source, target, rows_out, count, in, {}, {next_v, next_out});
+        write_rows<S, T>(out_image, n, count, out_tile, [&](Matrix<T> target) {
+          multiply_gated<T>(own, {v_rows, gate.rows(), in_hand(panel)}, gemm::Store<T>{target, {}}, rows_out, count, in,
+                            {next_v, next_out});
         });
       });
     }
@@ -139,65 +171,72 @@ void backward_values(const Problem<T>& p, const Division& division, const Tensor
                      const T* matrix, T* partials, const Tensor& grad_v, const Tensor& grad_mask) {
   const int64_t in = p.rows_in(), rows_out = p.rows_out(), size = rows_out * in;
   at::parallel_for(0, p.groups() * division.chunks, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> v_tile(in * pitch(division.tile)), do_tile(rows_out * pitch(division.tile)), dv_tile(in * pitch(division.tile));
-    Gate<T> gate(p.mask, in, division.tile);
+    const int64_t row = pitch(division.tile);
+    Scratch<T> v_scratch(in * row), gated_scratch(p.mask ? in * row : 0), do_scratch(rows_out * row), dv_scratch(in * row);
+    const Matrix<T> v_tile{v_scratch.get(), row}, gated_tile{gated_scratch.get(), row}, do_tile{do_scratch.get(), row},
+        dv_tile{dv_scratch.get(), row};
+    Gate<T> gate(p.mask, in / p.channels, p.channels, division.tile);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / division.chunks, b = p.batch_of(group), h = p.head_of(group);
       const auto v_image = group_of<const S>(p, v, group);
       const auto do_image = output_of<const S>(p, grad_out, group);
       const auto dv_image = group_of<S>(p, grad_v, group);
+      const gemm::Columns<const T> own{matrix + group * size, in};  // transposed
       T* partial = partials + task * size;
       std::fill_n(partial, size, T(0));
       division.tiles(task % division.chunks, [&](int64_t n, int64_t count) {
-        const Matrix<T> rows{do_tile.get(), pitch(division.tile)}, spare{v_tile.get(), pitch(division.tile)},
-            scratch{dv_tile.get(), pitch(division.tile)};
-        load_rows<S, T>(do_image, n, count, rows);
-        gate.load(b, h, v_image.heads, n, count);
-        const Matrix<const T> v_rows = read_gated_rows<S, T>(v_image, gate, n, count, spare);
-        auto this_dv = prefetch_for_writing(dv_image, n, count);
+        const Matrix<const T> do_rows = read_rows_once<S, T>(do_image, n, count, do_tile);
+        const Matrix<const T> v_rows = p.mask ? read_rows_once<S, T>(v_image, n, count, v_tile)
+                                              : read_rows<S, T>(v_image, n, count, v_tile);
+        gate.load(b, h, n, count);
+        gate.collect(grad_mask, false, b, h, n, count);
         auto next_do = prefetch(do_image, n + count, division.after(n));
         auto next_v = prefetch(v_image, n + count, division.after(n));
-        multiply_rows<T>(rows, v_rows, {partial, in}, rows_out, in, count, {this_dv});
-        write_ungated_rows<S, T>(dv_image, v_image, gate, spare, grad_mask, b, h, n, count, false, scratch,
-                                 [&](Matrix<T> dv) {
-          multiply<T>(Matrix<const T>{matrix + group * size, in}.transposed(), rows, dv, in, count, rows_out, {},
-                      {next_do, next_v});
+        auto next_dv = prefetch_for_writing(dv_image, n + count, division.after(n));
+        write_rows<S, T>(dv_image, n, count, dv_tile, [&](Matrix<T> dv) {
+          multiply_and_ungate<T>(own, {do_rows, nullptr, do_tile}, dv, v_rows, nullptr, gate.rows(), gated_tile, in, count,
+                                 rows_out, {next_do});
         });
+        multiply_rows<T>(do_tile, p.mask ? Matrix<const T>(gated_tile) : v_rows, {partial, in}, rows_out, in, count,
+                         {next_v, next_dv});
       });
     }
   });
 }
 
 template <typename S, typename T>
-void backward_queries_keys(const Problem<T>& p, const Tensor& q, const Tensor& k, const T* e, const T* diagonals,
+void backward_queries_keys(const Problem<T>& p, const Tensor& q, const Tensor& k, const T* e_rows, const T* diagonals,
                            const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_mask) {
   const int64_t C = p.channels, groups = p.batch * p.heads;
   const Division division = Division::of_columns(p.pixels, C, groups);
+  const Scratch<T> e_columns = transposed(e_rows, groups, C, C);
   at::parallel_for(0, groups * division.chunks, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> q_scratch(C * division.tile), k_scratch(C * division.tile), grad_scratch(C * division.tile);
+    Scratch<T> q_scratch(C * division.tile), k_scratch(C * division.tile), grad_scratch(C * division.tile), panel(C * kPanel<T>);
     const Matrix<T> q_tile{q_scratch.get(), division.tile}, k_tile{k_scratch.get(), division.tile},
-        scratch{grad_scratch.get(), division.tile};
-    Gate<T> gate(p.mask, C, division.tile);
+        grad_tile{grad_scratch.get(), division.tile};
+    Gate<T> gate(p.mask, 1, C, division.tile);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t bh = task / division.chunks, b = bh / p.heads, h = bh % p.heads;
       const auto q_image = one_head<const S>(q, b, h), k_image = one_head<const S>(k, b, h);
       const auto dq_image = one_head<S>(grad_q, b, h), dk_image = one_head<S>(grad_k, b, h);
-      const Matrix<const T> e_head{e + bh * C * C, C};
+      const gemm::Columns<const T> e{e_columns.get() + bh * C * C, C}, e_transposed{e_rows + bh * C * C, C};
       const T* diagonal = diagonals + bh * 2 * C;
       division.tiles(task % division.chunks, [&](int64_t n, int64_t count) {
-        load_rows<S, T>(q_image, n, count, q_tile);
-        gate.load(b, h, 1, n, count);
-        load_gated_rows<S, T>(k_image, gate, n, count, k_tile);
+        const Matrix<const T> q_rows = read_rows_once<S, T>(q_image, n, count, q_tile);
+        const Matrix<const T> k_rows = read_rows_once<S, T>(k_image, n, count, k_tile);
+        gate.load(b, h, n, count);
+        gate.collect(grad_mask, true, b, h, n, count);
         auto next_q = prefetch(q_image, n + count, division.after(n));
         auto next_k = prefetch(k_image, n + count, division.after(n));
-        auto next_dq = prefetch_for_writing(dq_image, n + count, division.after(n));
-        auto this_dk = prefetch_for_writing(dk_image, n, count);
-        write_rows<S, T>(dq_image, n, count, scratch, [&](Matrix<T> dq) {
-          multiply<T>(e_head, k_tile, dq, C, count, C, {q_tile, diagonal}, {this_dk, next_q});
+        auto this_dq = prefetch_for_writing(dq_image, n, count);
+        auto next_dk = prefetch_for_writing(dk_image, n + count, division.after(n));
+        write_rows<S, T>(dk_image, n, count, grad_tile, [&](Matrix<T> dk) {
+          multiply_and_ungate<T>(e_transposed, {q_rows, nullptr, q_tile}, dk, k_rows, diagonal + C, gate.rows(), {nullptr, 0}, C,
+                                 count, C, {this_dq, next_k});
         });
-        write_ungated_rows<S, T>(dk_image, k_image, gate, k_tile, grad_mask, b, h, n, count, true, scratch,
-                                 [&](Matrix<T> dk) {
-          multiply<T>(e_head.transposed(), q_tile, dk, C, count, C, {k_tile, diagonal + C}, {next_k, next_dq});
+        write_rows<S, T>(dq_image, n, count, grad_tile, [&](Matrix<T> dq) {
+          multiply_gated<T>(e, {k_rows, gate.rows(), in_hand(panel)}, gemm::Store<T>{dq, {q_tile, diagonal}}, C, count, C,
+                            {next_q, next_dk});
         });
       });
     }
@@ -217,7 +256,7 @@ Gradients backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& q,
                grad_v = empty_like_rows(v, {p.heads, C});
   const Tensor grad_mask = p.mask ? empty_result(p.mask->sizes(), options) : at::empty({0}, options);
   const Tensor grad_temperature = at::empty({p.batch, p.heads}, options);
-  const Tensor grad_weights = at::empty({p.batch, p.heads, p.branches}, options);
+  const Tensor grad_weights = at::empty({p.weights ? p.batch : 0, p.heads, p.branches}, options);
   const Tensor grad_out_proj = p.out_proj ? at::empty({rows_out, in}, options) : at::empty({0}, options);
   if (p.batch == 0) grad_out_proj.zero_();
 
@@ -225,7 +264,7 @@ Gradients backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& q,
   Scratch<T> projection(p.out_proj ? rows_out * in : 0), folded(p.out_proj ? p.batch * size : 0);
   const T* similarities = similarity.const_data_ptr<T>();
   if (p.out_proj) p.load_projection(projection.get());
-  at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, heads, p.heads_together(), [&](int64_t begin, int64_t end) {
     for (int64_t bh = begin; bh < end; ++bh) {
       T* own = mixture.get() + bh * p.square();
       p.mix(bh, similarities + bh * p.square(), rows.get() + bh * C * p.row_size(), own);
@@ -246,8 +285,10 @@ Gradients backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& q,
     unfold<T>(p, grad_folded.get(), projection.get(), mixture.get(), grad_mixture.get(), grad_out_proj.mutable_data_ptr<T>());
   }
   Scratch<T> e(heads * p.square()), diagonals(heads * 2 * C);
-  T *temperatures = grad_temperature.mutable_data_ptr<T>(), *weights = grad_weights.mutable_data_ptr<T>();
-  at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+  Scratch<T> not_asked_for(p.weights ? 0 : heads * p.branches);
+  T* temperatures = grad_temperature.mutable_data_ptr<T>();
+  T* weights = p.weights ? grad_weights.mutable_data_ptr<T>() : not_asked_for.get();
+  at::parallel_for(0, heads, p.heads_together(), [&](int64_t begin, int64_t end) {
     for (int64_t bh = begin; bh < end; ++bh) {
       if (!p.out_proj) add(bh, grad_mixture.get());
       backward_scores<T>(p, bh, similarities + bh * p.square(), norms.const_data_ptr<T>() + bh * 2 * C,

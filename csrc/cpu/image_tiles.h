@@ -23,12 +23,12 @@ struct Division {
 
   // Tiles of matrices of this many rows whose pixels are the columns of a product, which takes 48 at a time.
   static Division of_columns(int64_t pixels, int64_t rows, int64_t groups) {
-    constexpr int64_t kElements = 12288, kPanel = 48, kMost = 384;
+    constexpr int64_t kElements = 12288, kPanel = 64, kMost = 384;
     return {pixels, rows, groups, std::clamp<int64_t>(kElements / std::max<int64_t>(rows, 1) / kPanel * kPanel, kPanel, kMost)};
   }
   // Tiles whose pixels are added up: the longer, the less often lanes are.
   static Division of_sums(int64_t pixels, int64_t rows, int64_t groups) {
-    constexpr uint64_t kElements = 49152, kLeast = 64, kMost = 1024;
+    constexpr uint64_t kElements = 24576, kLeast = 64, kMost = 1024;
     const uint64_t most = std::bit_floor(kElements / std::max<uint64_t>(rows, 1));
     const uint64_t of_chunk = std::bit_ceil<uint64_t>(ceil_div(pixels, wanted_chunks(pixels, rows, groups)));
     return {pixels, rows, groups, static_cast<int64_t>(std::clamp(std::min(most, of_chunk), kLeast, kMost))};
@@ -121,16 +121,23 @@ bool is_tile(const Image<S>& image) {
   return std::is_same_v<std::remove_const_t<S>, T> && image.pixel_stride == 1 && one_matrix;
 }
 
-// The rows of a tile: where they lie if they can be read there, else packed in `scratch`. Vectors that lie across two
-// cache lines take twice as long to read; a tile that is read often had better be packed.
+// The rows of a tile that are read once: where they lie if they can be read there, else packed in `scratch`.
+template <typename S, typename T>
+Matrix<const T> read_rows_once(const Image<const S>& image, int64_t n, int64_t count, Matrix<T> scratch) {
+  if constexpr (std::is_same_v<S, T>)
+    if (is_tile<T>(image)) return image.first_head(n);
+  load_rows<S, T>(image, n, count, scratch);
+  return scratch;
+}
+
+// Of rows that are read often. Vectors that lie across two cache lines take twice as long to read; such rows had better
+// be packed.
 template <typename S, typename T>
 Matrix<const T> read_rows(const Image<const S>& image, int64_t n, int64_t count, Matrix<T> scratch) {
   constexpr int64_t kLine = 64;
-  if constexpr (std::is_same_v<S, T>) {
-    const Matrix<const T> rows = image.first_head(n);
-    const bool aligned = reinterpret_cast<uintptr_t>(rows.data) % kLine == 0 && rows.row * sizeof(T) % kLine == 0;
-    if (is_tile<T>(image) && aligned) return rows;
-  }
+  const Matrix<const S> rows = image.first_head(n);
+  const bool aligned = reinterpret_cast<uintptr_t>(rows.data) % kLine == 0 && rows.row * sizeof(S) % kLine == 0;
+  if (aligned) return read_rows_once<S, T>(image, n, count, scratch);
   load_rows<S, T>(image, n, count, scratch);
   return scratch;
 }

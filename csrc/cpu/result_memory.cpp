@@ -20,7 +20,7 @@
 namespace restore_kernels {
 namespace {
 
-constexpr size_t kSmallest = 256 << 10, kGranule = 64 << 10, kHugePage = 2 << 20;  // bytes
+constexpr size_t kSmallest = 1 << 10, kPage = 4 << 10, kLarge = 64 << 10, kHugePage = 2 << 20;  // bytes
 constexpr size_t kShareOfMemory = 8;  // at most an eighth of the machine's memory is kept
 constexpr size_t kSpare = 128 << 20;  // bytes that may be kept beyond what was once in use
 
@@ -51,11 +51,11 @@ size_t most_kept() {
 #endif
 }
 
-// Free blocks, oldest first.
+// Free blocks, oldest first; large ones, which are given back when they are too many, and small ones.
 class ResultAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    const size_t size = (bytes + kGranule - 1) / kGranule * kGranule;
+    const size_t granule = bytes < kLarge ? kPage : kLarge, size = (bytes + granule - 1) / granule * granule;
     auto* block = new Block(take(size));
     c10::reportMemoryUsageToProfiler(block->data, static_cast<int64_t>(block->size), 0, 0, c10::kCPU);
     return {block->data, block, &release, c10::kCPU};
@@ -72,13 +72,14 @@ class ResultAllocator final : public c10::Allocator {
   // kept and used blocks together would take more than used blocks ever did, and a little.
   Block take(size_t size) {
     std::lock_guard lock(mutex_);
-    auto best = free_.end();
-    for (auto it = free_.begin(); it != free_.end(); ++it)
-      if (it->size >= size && it->size <= size + size / 4 && (best == free_.end() || it->size < best->size)) best = it;
+    auto& free = free_of(size);
+    auto best = free.end();
+    for (auto it = free.begin(); it != free.end(); ++it)
+      if (it->size >= size && it->size <= size + size / 4 && (best == free.end() || it->size < best->size)) best = it;
     Block block{nullptr, size};
-    if (best != free_.end()) {
+    if (best != free.end()) {
       block = *best;
-      free_.erase(best);
+      free.erase(best);
       kept_ -= block.size;
     }
     used_ += block.size;
@@ -93,18 +94,20 @@ class ResultAllocator final : public c10::Allocator {
   void keep(const Block& block) {
     static const size_t most = most_kept();
     std::lock_guard lock(mutex_);
-    free_.push_back(block);
+    free_of(block.size).push_back(block);
     kept_ += block.size;
     used_ -= block.size;
     give_back(most);
   }
 
-  // The oldest blocks, until at most so many bytes are kept.
+  std::deque<Block>& free_of(size_t size) { return size < kLarge ? small_ : large_; }
+
+  // The oldest large blocks, until at most so many bytes are kept.
   void give_back(size_t most) {
-    while (kept_ > most) {
-      c10::free_cpu(free_.front().data);
-      kept_ -= free_.front().size;
-      free_.pop_front();
+    while (kept_ > most && !large_.empty()) {
+      c10::free_cpu(large_.front().data);
+      kept_ -= large_.front().size;
+      large_.pop_front();
     }
   }
 
@@ -116,7 +119,7 @@ class ResultAllocator final : public c10::Allocator {
   }
 
   std::mutex mutex_;
-  std::deque<Block> free_;
+  std::deque<Block> small_, large_;
   size_t kept_ = 0, used_ = 0, most_used_ = 0;  // bytes
 };
 

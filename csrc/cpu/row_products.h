@@ -11,6 +11,7 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "matrix.h"
 #include "prefetch.h"
@@ -25,6 +26,7 @@ constexpr int kRows = 6, kColumns = 4;
 #else
 constexpr int kRows = 3, kColumns = 4;
 #endif
+constexpr int kFirstRows = kRows - kRows / 3;  // leave registers for what is done with rows of B when they are first read
 
 // to[j] += the sum of the lanes of sum[j]
 template <typename T, int columns>
@@ -55,9 +57,20 @@ inline void add_lanes<float, 4>(const at::vec::Vectorized<float>* sum, float* to
 }
 #endif
 
-template <typename T, int rows, int columns>
-inline __attribute__((always_inline)) void block(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t length,
-                                                 int64_t stretch, Prefetches& idle) {
+// Some rows of B, as they lie.
+template <typename T>
+struct Rows {
+  using Vec = at::vec::Vectorized<T>;
+  Matrix<const T> b;
+
+  Vec load(int j, int64_t n, int64_t count = Vec::size()) { return Vec::loadu(b.data + j * b.row + n, count); }
+  void finish() {}
+};
+
+// load(j, n) gives a vector of row j of B; finish() comes last.
+template <typename T, int rows, int columns, typename B>
+inline __attribute__((always_inline)) void block(Matrix<const T> a, B b, Matrix<T> c, int64_t length, int64_t stretch,
+                                                 Prefetches& idle) {
   using Vec = at::vec::Vectorized<T>;
   Vec sum[rows][columns];
   for (int i = 0; i < rows; ++i)
@@ -70,12 +83,12 @@ inline __attribute__((always_inline)) void block(Matrix<const T> a, Matrix<const
         Vec a_n[rows];
         for (int i = 0; i < rows; ++i) a_n[i] = Vec::loadu(a.data + i * a.row + n);
         for (int j = 0; j < columns; ++j) {
-          const Vec b_n = Vec::loadu(b.data + j * b.row + n);
+          const Vec b_n = b.load(j, n);
           for (int i = 0; i < rows; ++i) sum[i][j] = at::vec::fmadd(a_n[i], b_n, sum[i][j]);
         }
       } else {
         Vec b_n[columns];
-        for (int j = 0; j < columns; ++j) b_n[j] = Vec::loadu(b.data + j * b.row + n);
+        for (int j = 0; j < columns; ++j) b_n[j] = b.load(j, n);
         for (int i = 0; i < rows; ++i) {
           const Vec a_n = Vec::loadu(a.data + i * a.row + n);
           for (int j = 0; j < columns; ++j) sum[i][j] = at::vec::fmadd(a_n, b_n[j], sum[i][j]);
@@ -86,11 +99,12 @@ inline __attribute__((always_inline)) void block(Matrix<const T> a, Matrix<const
   }
   if (whole < length)
     for (int j = 0; j < columns; ++j) {
-      const Vec b_n = Vec::loadu(b.data + j * b.row + whole, length - whole);
+      const Vec b_n = b.load(j, whole, length - whole);
       for (int i = 0; i < rows; ++i)
         sum[i][j] = at::vec::fmadd(Vec::loadu(a.data + i * a.row + whole, length - whole), b_n, sum[i][j]);
     }
   for (int i = 0; i < rows; ++i) add_lanes<T, columns>(sum[i], c.data + i * c.row);
+  b.finish();
 }
 
 // to[i] = a[i] · b[i] for the first rows
@@ -111,29 +125,60 @@ inline __attribute__((always_inline)) void dots(Matrix<const T> a, Matrix<const 
   add_lanes<T, rows>(sum, to);
 }
 
-template <typename T, int rows>
-void block_row(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t columns, int64_t length, int64_t stretch,
-               Prefetches& idle) {
+// b.template rows<count>(j) are so many rows of B from row j on.
+template <typename T, int rows, typename B>
+void block_row(Matrix<const T> a, B b, Matrix<T> c, int64_t columns, int64_t length, int64_t stretch, Prefetches& idle) {
   int64_t j = 0;
   for (; j + kColumns <= columns; j += kColumns)
-    block<T, rows, kColumns>(a, b.from(j, 0), c.from(0, j), length, stretch, idle);
-  for (; j < columns; ++j) block<T, rows, 1>(a, b.from(j, 0), c.from(0, j), length, stretch, idle);
+    block<T, rows, kColumns>(a, b.template rows<kColumns>(j), c.from(0, j), length, stretch, idle);
+  for (; j < columns; ++j) block<T, rows, 1>(a, b.template rows<1>(j), c.from(0, j), length, stretch, idle);
 }
+
+template <typename T>
+struct Plain {
+  Matrix<const T> b;
+  template <int count>
+  Rows<T> rows(int64_t j) const { return {b.from(j, 0)}; }
+};
+
+struct Nothing {
+  void operator()(int64_t, int64_t) const {}
+};
 
 }  // namespace row_products
 
 // c (rows x columns) += a bᵀ with a (rows x length), b (columns x length) and a.col == b.col == c.col == 1.
-template <typename T>
-void multiply_rows(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns, int64_t length,
-                   Prefetches idle = {}) {
-  constexpr int kRows = row_products::kRows;
+// The first rows of a meet rows of b as `first` gives them (block_row), which may have made them in that moment.
+// before_rows(i, count) is called before those rows of a are first read: who has something to do with them does it here,
+// where it brings them into L1.
+template <typename T, typename First, typename BeforeRows>
+void multiply_rows(Matrix<const T> a, First first, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns,
+                   int64_t length, Prefetches idle, BeforeRows before_rows) {
+  constexpr int kRows = row_products::kRows, kFirst = row_products::kFirstRows;
+  constexpr bool is_plain = std::is_same_v<First, row_products::Plain<T>>;
   const int64_t runs = ceil_div(rows, kRows) * ceil_div(columns, row_products::kColumns), width = at::vec::Vectorized<T>::size();
   const int64_t stretch = idle.spread(runs, length / width);
   int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows)
-    row_products::block_row<T, kRows>(a.from(i, 0), b, c.from(i, 0), columns, length, stretch, idle);
-  for (; i + 2 <= rows; i += 2) row_products::block_row<T, 2>(a.from(i, 0), b, c.from(i, 0), columns, length, stretch, idle);
-  for (; i < rows; ++i) row_products::block_row<T, 1>(a.from(i, 0), b, c.from(i, 0), columns, length, stretch, idle);
+  const auto next = [&]<int count>(auto from) {
+    before_rows(i, count);
+    row_products::block_row<T, count>(a.from(i, 0), from, c.from(i, 0), columns, length, stretch, idle);
+    i += count;
+  };
+  if constexpr (!is_plain) {
+    if (rows >= kFirst) next.template operator()<kFirst>(first);
+    else next.template operator()<1>(first);
+  }
+  const row_products::Plain<T> plain{b};
+  while (i + kRows <= rows) next.template operator()<kRows>(plain);
+  while (i + 2 <= rows) next.template operator()<2>(plain);
+  while (i < rows) next.template operator()<1>(plain);
+}
+
+// The same, of rows that are there.
+template <typename T>
+void multiply_rows(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int64_t rows, int64_t columns, int64_t length,
+                   Prefetches idle = {}) {
+  multiply_rows<T>(a, row_products::Plain<T>{b}, b, c, rows, columns, length, idle, row_products::Nothing());
 }
 
 // to[i] = a[i] · b[i] for `count` rows of `length`.

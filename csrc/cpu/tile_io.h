@@ -189,9 +189,10 @@ void add_lane_squares(Matrix<const T> x, T* lanes, int64_t length) {
 // lanes up: once for many tiles, since that takes as long as the squares of a tile.
 template <typename T>
 void add_lane_squares(Matrix<const T> rows, T* lanes, int64_t count, int64_t length) {
-  constexpr int64_t kRows = 8, size = at::vec::Vectorized<T>::size();
+  constexpr int64_t size = at::vec::Vectorized<T>::size();
   int64_t i = 0;
-  for (; i + kRows <= count; i += kRows) tile_io::add_lane_squares<T, kRows>(rows.from(i, 0), lanes + i * size, length);
+  for (; i + 4 <= count; i += 4) tile_io::add_lane_squares<T, 4>(rows.from(i, 0), lanes + i * size, length);
+  for (; i + 2 <= count; i += 2) tile_io::add_lane_squares<T, 2>(rows.from(i, 0), lanes + i * size, length);
   for (; i < count; ++i) tile_io::add_lane_squares<T, 1>(rows.from(i, 0), lanes + i * size, length);
 }
 
