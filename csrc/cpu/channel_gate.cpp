@@ -185,8 +185,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_gate(const Tensor& x, const T
                                                         const OptionalTensor& down_bias, const OptionalTensor& up_bias,
                                                         const OptionalTensor& residual) {
   const int64_t B = x.size(0), C = x.size(1), R = down.size(0);
-  const Tensor mean = at::empty({B, C}, down.options()), hidden = at::empty({B, R}, down.options()),
-               gate = at::empty({B, C}, down.options());
+  const Tensor mean = empty_result({B, C}, down.options()), hidden = empty_result({B, R}, down.options()),
+               gate = empty_result({B, C}, down.options());
   Tensor out;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "channel_gate", [&] {
     using T = Accumulate<scalar_t>;

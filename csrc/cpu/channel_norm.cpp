@@ -175,8 +175,8 @@ std::tuple<Tensor, Tensor, Tensor> channel_norm(const Tensor& x, const Tensor& w
                                                 double eps) {
   const int64_t C = x.size(1);
   const Tensor out = empty_image_like(x, C);
-  const Tensor mean = at::empty({x.size(0), x.size(2), x.size(3)}, weight.options()),
-               rstd = at::empty(mean.sizes(), weight.options());
+  const Tensor mean = empty_result({x.size(0), x.size(2), x.size(3)}, weight.options()),
+               rstd = empty_result(mean.sizes(), weight.options());
   const Tensor scales = weight.contiguous(), shifts = bias ? bias->contiguous() : Tensor();
   const Pixels pixels({x, out}, kTileElements);
   const int64_t tile = pixels.tile();
@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_norm(const Tensor& x, const Tensor& w
 // The sums of the tasks, in order.
 template <typename T>
 Tensor add_tasks(const T* partials, int64_t tasks, int64_t stride, int64_t count, const at::TensorOptions& options) {
-  const Tensor sums = at::empty({count}, options);
+  const Tensor sums = empty_result({count}, options);
   T* total = sums.mutable_data_ptr<T>();
   std::fill_n(total, count, T(0));
   for (int64_t task = 0; task < tasks; ++task)

@@ -35,10 +35,10 @@ namespace channel {
 
 // Follows the memory format of x: pixel-major where x is.
 inline Tensor empty_like_rows(const Tensor& x, at::IntArrayRef rows) {
-  std::vector<int64_t> sizes{x.size(0)};
+  c10::SmallVector<int64_t, 4> sizes{x.size(0)};
   const bool pixel_major = x.stride(-2) == 1 && x.stride(-1) > 1;
   if (pixel_major) sizes.push_back(x.size(-1));
-  sizes.insert(sizes.end(), rows.begin(), rows.end());
+  sizes.append(rows.begin(), rows.end());
   if (!pixel_major) sizes.push_back(x.size(-1));
   Tensor out = empty_result(sizes, x.options());
   return pixel_major ? out.movedim(1, -1) : out;
@@ -89,6 +89,9 @@ void gram_and_squares(const Problem<T>& p, const Division& division, const Tenso
       T* gram = partials + task * size;
       std::fill_n(gram, size, T(0));
       std::fill_n(squares.get(), 2 * lanes, T(0));
+      if (task == begin) division.first_tile(task, [&](int64_t n, int64_t count) {
+        ask_for(prefetch(q_image, n, count), prefetch(k_image, n, count));
+      });
       division.tiles(task % division.chunks, [&](int64_t n, int64_t count) {
         gate.load(b, h, n, count);
         const bool gated = gate.rows();
@@ -150,6 +153,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Problem<T>& p, const Tensor& q,
       const auto v_image = group_of<const S>(p, v, group);
       const auto out_image = output_of<S>(p, out, group);
       const gemm::Columns<const T> own{matrix.get() + group * rows_out * in, rows_out};
+      if (task == begin) division.first_tile(task, [&](int64_t n, int64_t count) {
+        ask_for(prefetch(v_image, n, count), prefetch_for_writing(out_image, n, count));
+      });
       division.tiles(task % division.chunks, [&](int64_t n, int64_t count) {
         const Matrix<const T> v_rows = read_rows_once<S, T>(v_image, n, count, v_tile);
         gate.load(p.batch_of(group), p.head_of(group), n, count);
@@ -184,6 +190,9 @@ void backward_values(const Problem<T>& p, const Division& division, const Tensor
       const gemm::Columns<const T> own{matrix + group * size, in};  // transposed
       T* partial = partials + task * size;
       std::fill_n(partial, size, T(0));
+      if (task == begin) division.first_tile(task, [&](int64_t n, int64_t count) {
+        ask_for(prefetch(do_image, n, count), prefetch(v_image, n, count), prefetch_for_writing(dv_image, n, count));
+      });
       division.tiles(task % division.chunks, [&](int64_t n, int64_t count) {
         const Matrix<const T> do_rows = read_rows_once<S, T>(do_image, n, count, do_tile);
         const Matrix<const T> v_rows = p.mask ? read_rows_once<S, T>(v_image, n, count, v_tile)
@@ -221,6 +230,9 @@ void backward_queries_keys(const Problem<T>& p, const Tensor& q, const Tensor& k
       const auto dq_image = one_head<S>(grad_q, b, h), dk_image = one_head<S>(grad_k, b, h);
       const gemm::Columns<const T> e{e_columns.get() + bh * C * C, C}, e_transposed{e_rows + bh * C * C, C};
       const T* diagonal = diagonals + bh * 2 * C;
+      if (task == begin) division.first_tile(task, [&](int64_t n, int64_t count) {
+        ask_for(prefetch(q_image, n, count), prefetch(k_image, n, count), prefetch_for_writing(dk_image, n, count));
+      });
       division.tiles(task % division.chunks, [&](int64_t n, int64_t count) {
         const Matrix<const T> q_rows = read_rows_once<S, T>(q_image, n, count, q_tile);
         const Matrix<const T> k_rows = read_rows_once<S, T>(k_image, n, count, k_tile);
@@ -255,8 +267,8 @@ Gradients backward(const Problem<T>& p, const Tensor& grad_out, const Tensor& q,
   const Tensor grad_q = empty_like_rows(q, {p.heads, C}), grad_k = empty_like_rows(k, {p.heads, C}),
                grad_v = empty_like_rows(v, {p.heads, C});
   const Tensor grad_mask = p.mask ? empty_result(p.mask->sizes(), options) : at::empty({0}, options);
-  const Tensor grad_temperature = at::empty({p.batch, p.heads}, options);
-  const Tensor grad_weights = at::empty({p.weights ? p.batch : 0, p.heads, p.branches}, options);
+  const Tensor grad_temperature = empty_result({p.batch, p.heads}, options);
+  const Tensor grad_weights = empty_result({p.weights ? p.batch : 0, p.heads, p.branches}, options);
   const Tensor grad_out_proj = p.out_proj ? at::empty({rows_out, in}, options) : at::empty({0}, options);
   if (p.batch == 0) grad_out_proj.zero_();
 

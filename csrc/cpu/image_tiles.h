@@ -57,6 +57,12 @@ struct Division {
     const int64_t end = std::min(pixels, (index + 1) * chunk);
     for (int64_t n = index * chunk; n < end; n += tile) f(n, std::min(tile, end - n));
   }
+  // The same for the first tile of the chunk of a task.
+  template <typename F>
+  void first_tile(int64_t task, F f) const {
+    const int64_t n = task % chunks * chunk;
+    f(n, std::min(tile, pixels - n));
+  }
 };
 
 // The channels of one or all heads of one image as the rows of a matrix with pixels as columns.

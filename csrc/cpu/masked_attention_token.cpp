@@ -36,8 +36,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_token(const Tensor& q, const
     const Problem<T> p(q, k, v, mask, temperature, normalize);
     const auto wide = q.options().dtype(c10::CppTypeToScalarType<T>::value);
     const std::vector<int64_t> shape{p.batch, p.heads, p.queries, p.width}, rows(shape.begin(), shape.end() - 1);
-    Forward<scalar_t, T> pass{p, q, k, v, empty_result(shape, v.options()), at::empty(rows, wide),
-                              std::is_same_v<scalar_t, T> ? at::empty({0}, wide) : at::empty(shape, wide)};
+    Forward<scalar_t, T> pass{p, q, k, v, empty_result(shape, v.options()), empty_result(rows, wide),
+                              std::is_same_v<scalar_t, T> ? at::empty({0}, wide) : empty_result(shape, wide)};
     if (p.by_keys) pass.keys_in_chunks();
     else pass.queries_in_chunks();
     return std::make_tuple(pass.out, pass.log_sum_exp, pass.wide_out);
@@ -54,8 +54,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention_token_backwa
     const auto empty_like = [](const Tensor& x) { return empty_result(x.sizes(), x.options()); };
     Backward<scalar_t, T> pass{
         p, grad_out, q, k, v, packed_out, statistics, empty_like(q), empty_like(k), empty_like(v),
-        at::empty(mask ? mask->sizes() : at::IntArrayRef{0}, statistics.options()),
-        at::empty({p.batch, p.heads}, statistics.options())};
+        empty_result(mask ? mask->sizes() : at::IntArrayRef{0}, statistics.options()),
+        empty_result({p.batch, p.heads}, statistics.options())};
     if (p.by_keys) pass.keys_in_chunks();
     else pass.queries_in_chunks();
     return std::make_tuple(pass.grad_q, pass.grad_k, pass.grad_v, pass.grad_mask, pass.grad_temperature);

@@ -50,6 +50,12 @@ class Prefetch {
   bool write_ = false;
 };
 
+// Asks for all of some tiles at once: for those that no product comes before.
+template <typename... Tiles>
+void ask_for(Tiles... tiles) {
+  (tiles(tiles.lines()), ...);
+}
+
 // What a product does on the side.
 struct Prefetches {
   Prefetch first{}, second{};

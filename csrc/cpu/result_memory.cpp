@@ -20,7 +20,7 @@
 namespace restore_kernels {
 namespace {
 
-constexpr size_t kSmallest = 1 << 10, kPage = 4 << 10, kLarge = 64 << 10, kHugePage = 2 << 20;  // bytes
+constexpr size_t kPage = 4 << 10, kLarge = 64 << 10, kHugePage = 2 << 20;  // bytes
 constexpr size_t kShareOfMemory = 8;  // at most an eighth of the machine's memory is kept
 constexpr size_t kSpare = 128 << 20;  // bytes that may be kept beyond what was once in use
 
@@ -68,14 +68,15 @@ class ResultAllocator final : public c10::Allocator {
   }
 
  private:
-  // The smallest free block that wastes at most a quarter, or a new one, for which others are given back where
-  // kept and used blocks together would take more than used blocks ever did, and a little.
+  // The newest free block of that size, which caches know best, or the smallest that wastes at most a quarter, or a new
+  // one, for which others are given back where kept and used blocks together would take more than used blocks ever did,
+  // and a little.
   Block take(size_t size) {
     std::lock_guard lock(mutex_);
     auto& free = free_of(size);
     auto best = free.end();
-    for (auto it = free.begin(); it != free.end(); ++it)
-      if (it->size >= size && it->size <= size + size / 4 && (best == free.end() || it->size < best->size)) best = it;
+    for (auto it = free.end(); it != free.begin() && (best == free.end() || best->size != size);)
+      if (--it; it->size >= size && it->size <= size + size / 4 && (best == free.end() || it->size < best->size)) best = it;
     Block block{nullptr, size};
     if (best != free.end()) {
       block = *best;
@@ -127,7 +128,7 @@ class ResultAllocator final : public c10::Allocator {
 
 at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
-  if (bytes < kSmallest) return at::empty(sizes, options);
+  if (bytes == 0) return at::empty(sizes, options);
   return at::detail::empty_generic(sizes, &ResultAllocator::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU),
                                    c10::typeMetaToScalarType(options.dtype()), std::nullopt);
 }

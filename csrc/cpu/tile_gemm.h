@@ -132,8 +132,8 @@ struct Store {
 };
 
 template <typename T, typename Fma, int rows, int vectors, bool full, typename A, typename Source, typename Finish>
-inline __attribute__((always_inline)) void micro_kernel(A a, Source b, Depth depth, const Finish& finish,
-                                                        const RowPart<T, vectors, full>& part, Prefetches& idle) {
+inline __attribute__((always_inline)) void micro_kernel(A a, Source b, Depth depth, Finish finish,
+                                                        RowPart<T, vectors, full> part, Prefetches& idle) {
   using Vec = at::vec::Vectorized<T>;
   Vec sum[rows][vectors];
   for (int i = 0; i < rows; ++i)

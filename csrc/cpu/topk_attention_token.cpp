@@ -91,8 +91,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const TokenProblem<T>& p, con
   const auto options = q.options().dtype(c10::CppTypeToScalarType<T>::value);
   const std::vector<int64_t> statistics{p.batch, p.heads, p.queries, p.branches};
   const Tensor out = empty_result({p.batch, p.heads, p.queries, p.width}, v.options());
-  const Tensor threshold = at::empty(statistics, options), log_sum_exp = at::empty(statistics, options);
-  const Tensor last_tie = at::empty(statistics, options.dtype(at::kInt));
+  const Tensor threshold = empty_result(statistics, options), log_sum_exp = empty_result(statistics, options);
+  const Tensor last_tie = empty_result(statistics, options.dtype(at::kInt));
   at::parallel_for(0, p.batch * p.heads * p.chunks, 1, [&](int64_t begin, int64_t end) {
     PackedKeys<S, T> keys(p);
     Scratch<T> values(p.keys * p.width);
@@ -241,8 +241,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const TokenProblem<T
                                                             const Tensor& last_tie, const Tensor& log_sum_exp) {
   const Tensor grad_q = empty_result(q.sizes(), q.options()), grad_k = empty_result(k.sizes(), k.options()),
                grad_v = empty_result(v.sizes(), v.options());
-  const Tensor grad_temperature = at::empty({p.batch, p.heads}, threshold.options());
-  const Tensor grad_weights = at::empty({p.batch, p.heads, p.branches}, threshold.options());
+  const Tensor grad_temperature = empty_result({p.batch, p.heads}, threshold.options());
+  const Tensor grad_weights = empty_result({p.batch, p.heads, p.branches}, threshold.options());
   const int64_t tasks = p.batch * p.heads * p.chunks;
   const int64_t share_size = p.keys * (p.depth + p.width) + 1 + p.branches;
   Scratch<T> shares(tasks * share_size);
