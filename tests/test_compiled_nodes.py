@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import restore_kernels
 from restore_kernels import native
@@ -160,6 +161,14 @@ def test_equal_the_functions(case, dtype, monkeypatch):
     in_python = results(call, tensors)
     for got, want, x in zip(compiled, in_python, [compiled[0], *tensors], strict=True):
         assert (got.shape, got.dtype) == (want.shape, want.dtype) == (x.shape, x.dtype)
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_traced_graph_computes_the_same(case):
+    call, tensors = case(torch.float32)
+    graph = make_fx(lambda *x: results(call, list(x)))(*tensors)
+    for got, want in zip(graph(*tensors), results(call, tensors), strict=True):
         assert torch.equal(got, want)
 
 

@@ -1,11 +1,12 @@
 // The autograd nodes of the operators in C++, for calls that nothing transforms: in Python the same
 // node costs a quarter of a millisecond when caches are cold, as long as the kernels at small shapes.
 //
-// Each node does what its twin in autograd.py does: small arguments are broadcast where autograd does not
-// watch, the operators are called through the dispatcher (so profilers and modes see them), and a second
+// Each node does what its twin in autograd.py does: small arguments, masks among them, are converted and broadcast
+// where autograd does not watch, the operators are called through the dispatcher (so profilers and modes see them), and a second
 // derivative is an error.
 #include <ATen/ExpandUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 
@@ -27,8 +28,10 @@ at::ScalarType accumulate_type(const Tensor& q) { return q.scalar_type() == at::
 Tensor in_type(const Tensor& x, at::ScalarType type) { return x.scalar_type() == type ? x : x.to(type); }
 
 // x broadcast to `sizes`, of which the result has the first `dims`; of the others x has one element. A view that nobody
-// watches, so it need not be told to anybody: with cold caches the dispatcher takes longer than the kernel that reads it.
+// watches is not told to anybody: with cold caches the dispatcher takes longer than the kernel that reads it.
 Tensor broadcast(const Tensor& x, at::IntArrayRef sizes, size_t dims) {
+  const bool is_watched = c10::impl::TorchDispatchModeTLS::any_modes_set() || x.key_set().has(c10::DispatchKey::Python);
+  if (is_watched) return x.expand(sizes).view(sizes.slice(0, dims));
   c10::SmallVector<int64_t, 4> strides(dims, 0);
   for (int64_t i = 1, n = static_cast<int64_t>(sizes.size()); i <= x.dim(); ++i)
     if (n - i < static_cast<int64_t>(dims) && x.size(-i) != 1) strides[n - i] = x.stride(-i);

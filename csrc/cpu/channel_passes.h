@@ -3,7 +3,7 @@
 // Schedule. The pixels of every image are cut into chunks that threads own; a chunk is walked in
 // tiles that stay in the L2 cache. Rows of the accumulation type are read where they lie, others are
 // converted first (tile_io.h); the first block of a product packs and gates what it reads for the
-// others, and takes the squares (gate.h), beside its multiply-adds.
+// others, and takes the squares of k (gate.h), beside its multiply-adds.
 //   forward   1. chunks: Gram matrix q kᵀ and squared norms, partial sums per chunk
 //             2. per head: add the partials in order, normalise, rank, mix the branches: P (C x C);
 //                with an output projection W: M = W blockdiag(P) (C_out x HC)
@@ -57,11 +57,12 @@ Image<S> output_of(const Problem<T>& p, const Tensor& x, int64_t group) {
 // The transposed of `count` matrices (rows x columns) one after the other: of the first factor of a product, its columns.
 template <typename T>
 Scratch<T> transposed(const T* matrices, int64_t count, int64_t rows, int64_t columns) {
+  constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
   Scratch<T> result(count * rows * columns);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t first = i * rows * columns;
-    copy_tile<T, T>(Matrix<const T>{matrices + first, columns}, Matrix<T>{result.get() + first, 1, rows}, rows, columns);
-  }
+  at::parallel_for(0, count, ceil_div(kGrain, rows * columns), [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * rows * columns; first < end * rows * columns; first += rows * columns)
+      copy_tile<T, T>(Matrix<const T>{matrices + first, columns}, Matrix<T>{result.get() + first, 1, rows}, rows, columns);
+  });
   return result;
 }
 

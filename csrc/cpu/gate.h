@@ -2,7 +2,7 @@
 // where a product reads them first, and their gradients, once summed, pass on through the gate to where they belong.
 // Without a mask the same products pass on what they read.
 //
-// So no tile is read or written for the gate's sake: what it does hides beside the multiply-adds of a product.
+// So no tile is read for the gate's sake alone: what it does hides beside the multiply-adds of a product.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -22,8 +22,6 @@ template <typename T>
 struct GateRow {
   const T* factors;
   T* gradients;
-
-  GateRow from(int64_t j) const { return {factors + j, gradients + j}; }
 };
 
 // mask (B, H, 1 or C, N) of the accumulation type: one value per pixel, or one per channel and pixel.

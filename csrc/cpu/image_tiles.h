@@ -21,7 +21,7 @@ using at::Tensor;
 struct Division {
   int64_t pixels, chunk, chunks, tile;
 
-  // Tiles of matrices of this many rows whose pixels are the columns of a product, which takes 48 at a time.
+  // Tiles of matrices of this many rows whose pixels are the columns of a product, which takes 48, or 64 in two, at a time.
   static Division of_columns(int64_t pixels, int64_t rows, int64_t groups) {
     constexpr int64_t kElements = 12288, kPanel = 64, kMost = 384;
     return {pixels, rows, groups, std::clamp<int64_t>(kElements / std::max<int64_t>(rows, 1) / kPanel * kPanel, kPanel, kMost)};

@@ -20,7 +20,8 @@
 namespace restore_kernels {
 namespace {
 
-constexpr size_t kPage = 4 << 10, kLarge = 64 << 10, kHugePage = 2 << 20;  // bytes
+constexpr size_t kLarge = 64 << 10, kGranule = 1 << 10, kHugePage = 2 << 20;  // bytes
+constexpr size_t kSmallKept = 8 << 20;  // bytes of small blocks that may be kept
 constexpr size_t kShareOfMemory = 8;  // at most an eighth of the machine's memory is kept
 constexpr size_t kSpare = 128 << 20;  // bytes that may be kept beyond what was once in use
 
@@ -51,11 +52,42 @@ size_t most_kept() {
 #endif
 }
 
-// Free blocks, oldest first; large ones, which are given back when they are too many, and small ones.
+// Free blocks, oldest first.
+struct Shelf {
+  std::deque<Block> free;
+  size_t kept = 0;  // bytes
+
+  // The newest of that size, which caches know best, or the smallest that wastes at most a quarter; else one without data.
+  Block take(size_t size) {
+    auto best = free.end();
+    for (auto it = free.end(); it != free.begin() && (best == free.end() || best->size != size);)
+      if (--it; it->size >= size && it->size <= size + size / 4 && (best == free.end() || it->size < best->size)) best = it;
+    if (best == free.end()) return {nullptr, size};
+    const Block block = *best;
+    free.erase(best);
+    kept -= block.size;
+    return block;
+  }
+
+  void put(const Block& block) {
+    free.push_back(block);
+    kept += block.size;
+  }
+
+  // Gives the oldest back to the system until at most so many bytes are kept.
+  void keep_at_most(size_t most) {
+    while (kept > most) {
+      c10::free_cpu(free.front().data);
+      kept -= free.front().size;
+      free.pop_front();
+    }
+  }
+};
+
 class ResultAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    const size_t granule = bytes < kLarge ? kPage : kLarge, size = (bytes + granule - 1) / granule * granule;
+    const size_t granule = bytes < kLarge ? kGranule : kLarge, size = (bytes + granule - 1) / granule * granule;
     auto* block = new Block(take(size));
     c10::reportMemoryUsageToProfiler(block->data, static_cast<int64_t>(block->size), 0, 0, c10::kCPU);
     return {block->data, block, &release, c10::kCPU};
@@ -68,25 +100,15 @@ class ResultAllocator final : public c10::Allocator {
   }
 
  private:
-  // The newest free block of that size, which caches know best, or the smallest that wastes at most a quarter, or a new
-  // one, for which others are given back where kept and used blocks together would take more than used blocks ever did,
-  // and a little.
+  // A free block or a new one, for which large ones are given back where kept and used blocks together would take more
+  // than used blocks ever did, and a little.
   Block take(size_t size) {
     std::lock_guard lock(mutex_);
-    auto& free = free_of(size);
-    auto best = free.end();
-    for (auto it = free.end(); it != free.begin() && (best == free.end() || best->size != size);)
-      if (--it; it->size >= size && it->size <= size + size / 4 && (best == free.end() || it->size < best->size)) best = it;
-    Block block{nullptr, size};
-    if (best != free.end()) {
-      block = *best;
-      free.erase(best);
-      kept_ -= block.size;
-    }
-    used_ += block.size;
-    most_used_ = std::max(most_used_, used_);
+    const bool large = size >= kLarge;
+    Block block = (large ? large_ : small_).take(size);
+    if (large) most_used_ = std::max(most_used_, used_ += block.size);
     if (!block.data) {
-      give_back(most_used_ - used_ + kSpare);
+      if (large) large_.keep_at_most(most_used_ - used_ + kSpare);
       block.data = reserve(size);
     }
     return block;
@@ -95,21 +117,11 @@ class ResultAllocator final : public c10::Allocator {
   void keep(const Block& block) {
     static const size_t most = most_kept();
     std::lock_guard lock(mutex_);
-    free_of(block.size).push_back(block);
-    kept_ += block.size;
-    used_ -= block.size;
-    give_back(most);
-  }
-
-  std::deque<Block>& free_of(size_t size) { return size < kLarge ? small_ : large_; }
-
-  // The oldest large blocks, until at most so many bytes are kept.
-  void give_back(size_t most) {
-    while (kept_ > most && !large_.empty()) {
-      c10::free_cpu(large_.front().data);
-      kept_ -= large_.front().size;
-      large_.pop_front();
-    }
+    const bool large = block.size >= kLarge;
+    auto& shelf = large ? large_ : small_;
+    shelf.put(block);
+    if (large) used_ -= block.size;
+    shelf.keep_at_most(large ? most : kSmallKept);
   }
 
   static void release(void* context) {
@@ -120,8 +132,8 @@ class ResultAllocator final : public c10::Allocator {
   }
 
   std::mutex mutex_;
-  std::deque<Block> small_, large_;
-  size_t kept_ = 0, used_ = 0, most_used_ = 0;  // bytes
+  Shelf small_, large_;
+  size_t used_ = 0, most_used_ = 0;  // bytes of large blocks
 };
 
 }  // namespace

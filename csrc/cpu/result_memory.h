@@ -7,7 +7,7 @@ namespace restore_kernels {
 
 // As at::empty. Large tensors come from the blocks of earlier results, on huge pages: the system would take freed
 // blocks back and hand out fresh pages, whose first touch costs more time than the arithmetic of their contents. Small ones
-// come from such blocks too: among large ones the system's allocator searches for their place anew each time, and freeing
+// come from such blocks too, of which 8 MiB are kept: among large ones the system's allocator searches for their place anew each time, and freeing
 // one may make it give back all that others have freed around it.
 // Kept are at most an eighth of the machine's memory; and blocks kept and in use together take no more than those in
 // use once did, but for 128 MiB.

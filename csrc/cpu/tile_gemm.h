@@ -44,7 +44,7 @@ constexpr int kRows = 4, kVectors = 3;
 #endif
 constexpr int kRemainder = 2;  // row blocks of 2, then single rows, finish what kRows leaves
 
-static_assert(kVectors == 3, "multiply() finishes with one to three vectors");
+static_assert(kVectors == 3, "each_panel() finishes with one to three vectors");
 
 // What is done with an element of A, an element of B and their sum.
 struct MultiplyAdd {

@@ -2,7 +2,7 @@
 //
 // Packing is what lets the kernels take any strides without copying a tensor: rows of an image lie
 // a power of two apart, so a tile read in place would fight itself for the same cache sets; packed,
-// it is read many times from L1. Each element is packed once per pass.
+// it is read many times from L1.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -163,7 +163,7 @@ void write_tile(Matrix<S> x, int64_t rows, int64_t columns, Matrix<T> scratch, F
 
 namespace tile_io {
 
-// Rows, each with a sum of its own: enough that none waits for its own addition.
+// Rows, each with a sum of its own: while one waits for its last addition, others are added to.
 template <typename T, int rows>
 void add_lane_squares(Matrix<const T> x, T* lanes, int64_t length) {
   using Vec = at::vec::Vectorized<T>;
@@ -191,6 +191,7 @@ template <typename T>
 void add_lane_squares(Matrix<const T> rows, T* lanes, int64_t count, int64_t length) {
   constexpr int64_t size = at::vec::Vectorized<T>::size();
   int64_t i = 0;
+  for (; i + 6 <= count; i += 6) tile_io::add_lane_squares<T, 6>(rows.from(i, 0), lanes + i * size, length);
   for (; i + 4 <= count; i += 4) tile_io::add_lane_squares<T, 4>(rows.from(i, 0), lanes + i * size, length);
   for (; i + 2 <= count; i += 2) tile_io::add_lane_squares<T, 2>(rows.from(i, 0), lanes + i * size, length);
   for (; i < count; ++i) tile_io::add_lane_squares<T, 1>(rows.from(i, 0), lanes + i * size, length);
