@@ -165,7 +165,7 @@ struct FirstRead {
 
   template <int count>
   Rows<count> rows(int64_t j) const {
-    Rows<count> result{{ungated.from(j, 0), gate + j, passed.from(j, 0), lanes + j * Vec::size()}, {}};
+    Rows<count> result{{ungated.from(j, 0), is_gated ? gate + j : gate, passed.from(j, 0), lanes + j * Vec::size()}, {}};
     for (int r = 0; r < count; ++r) result.squares[r] = Vec::loadu(result.from.lanes + r * Vec::size());
     return result;
   }
